@@ -22,37 +22,55 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 # Sorted union of the SEED-V (62), TUH bipolar (22) and Siena (29) names: the rows of the published channel tables.
-CHANNEL_VOCABULARY: tuple[str, ...] = (
-    _names("""A1-T3 AF3 AF4 C1 C2 C3 C3-CZ C3-P3 C4 C4-P4 C4-T4 C5 C6 CB1 CB2 CP1 CP2 CP3 CP4 CP5 CP6 CPZ CZ CZ-C4 F1 F10 F2
+CHANNEL_VOCABULARY: tuple[str, ...] = _names(
+    """
+    A1-T3 AF3 AF4 C1 C2 C3 C3-CZ C3-P3 C4 C4-P4 C4-T4 C5 C6 CB1 CB2 CP1 CP2 CP3 CP4 CP5 CP6 CPZ CZ CZ-C4 F1 F10 F2
     F3 F3-C3 F4 F4-C4 F5 F6 F7 F7-T3 F8 F8-T4 F9 FC1 FC2 FC3 FC4 FC5 FC6 FCZ FP1 FP1-F3 FP1-F7 FP2 FP2-F4 FP2-F8 FPZ
     FT7 FT8 FZ O1 O2 OZ P1 P2 P3 P3-O1 P4 P4-O2 P5 P6 P7 P8 PO3 PO4 PO5 PO6 PO7 PO8 POZ PZ T3 T3-C3 T3-T5 T4 T4-A2
-    T4-T6 T5 T5-O1 T6 T6-O2 T7 T8 TP7 TP8""")
+    T4-T6 T5 T5-O1 T6 T6-O2 T7 T8 TP7 TP8
+    """
 )
 
-_TUH_22 = _names("""FP1-F7 F7-T3 T3-T5 T5-O1 FP2-F8 F8-T4 T4-T6 T6-O2 T3-C3 C3-CZ CZ-C4 C4-T4 FP1-F3 F3-C3 C3-P3 P3-O1 FP2-F4 F4-C4
-    C4-P4 P4-O2 A1-T3 T4-A2""")
+_TUH_22 = _names(
+    """
+    FP1-F7 F7-T3 T3-T5 T5-O1 FP2-F8 F8-T4 T4-T6 T6-O2 T3-C3 C3-CZ CZ-C4 C4-T4 FP1-F3 F3-C3 C3-P3 P3-O1 FP2-F4 F4-C4
+    C4-P4 P4-O2 A1-T3 T4-A2
+    """
+)
 
 # Channel orders that pre-training and published results were made with. "tuh-bipolar-22" is the order every loader of
 # the reference assumes, "tuh-bipolar-22-disk" the one its TUAB/TUAR/TUSL files really hold.
 CHANNEL_ORDERS: dict[str, tuple[str, ...]] = {
     "tuh-bipolar-22": _TUH_22,
     "tuh-bipolar-20": _TUH_22[:20],
-    "tuh-bipolar-22-disk": _names("""FP1-F7 F7-T3 T3-T5 T5-O1 FP2-F8 F8-T4 T4-T6 T6-O2 A1-T3 T3-C3 C3-CZ CZ-C4 C4-T4 T4-A2 FP1-F3 F3-C3 C3-P3
-        P3-O1 FP2-F4 F4-C4 C4-P4 P4-O2"""),
-    "siena-29": _names(
-        """FP1 FP2 F3 C3 P3 O1 F7 T3 T5 FC1 FC5 CP1 CP5 F9 FZ CZ PZ F4 C4 P4 O2 F8 T4 T6 FC2 FC6 CP2 CP6 F10"""
+    "tuh-bipolar-22-disk": _names(
+        """
+    FP1-F7 F7-T3 T3-T5 T5-O1 FP2-F8 F8-T4 T4-T6 T6-O2 A1-T3 T3-C3 C3-CZ CZ-C4 C4-T4 T4-A2 FP1-F3 F3-C3 C3-P3 P3-O1
+    FP2-F4 F4-C4 C4-P4 P4-O2
+    """
     ),
-    "seed-v-62": _names("""FP1 FPZ FP2 AF3 AF4 F7 F5 F3 F1 FZ F2 F4 F6 F8 FT7 FC5 FC3 FC1 FCZ FC2 FC4 FC6 FT8 T7 C5 C3 C1 CZ C2 C4 C6 T8
-        TP7 CP5 CP3 CP1 CPZ CP2 CP4 CP6 TP8 P7 P5 P3 P1 PZ P2 P4 P6 P8 PO7 PO5 PO3 POZ PO4 PO6 PO8 CB1 O1 OZ O2
-        CB2"""),
+    "siena-29": _names(
+        """
+    FP1 FP2 F3 C3 P3 O1 F7 T3 T5 FC1 FC5 CP1 CP5 F9 FZ CZ PZ F4 C4 P4 O2 F8 T4 T6 FC2 FC6 CP2 CP6 F10
+    """
+    ),
+    "seed-v-62": _names(
+        """
+    FP1 FPZ FP2 AF3 AF4 F7 F5 F3 F1 FZ F2 F4 F6 F8 FT7 FC5 FC3 FC1 FCZ FC2 FC4 FC6 FT8 T7 C5 C3 C1 CZ C2 C4 C6 T8
+    TP7 CP5 CP3 CP1 CPZ CP2 CP4 CP6 TP8 P7 P5 P3 P1 PZ P2 P4 P6 P8 PO7 PO5 PO3 POZ PO4 PO6 PO8 CB1 O1 OZ O2 CB2
+    """
+    ),
     "apava-16": _names("C3 C4 F3 F4 F7 F8 FP1 FP2 O1 O2 P3 P4 T3 T4 T5 T6"),
     "tdbrain-26": _names("FP1 FP2 F7 F3 FZ F4 F8 FC3 FCZ FC4 T7 C3 CZ C4 T8 CP3 CPZ CP4 P7 P3 PZ P4 P8 O1 OZ O2"),
     "mumtaz-19": _names("FP1 F3 C3 P3 O1 F7 T3 T5 FZ FP2 F4 C4 P4 O2 F8 T4 T6 CZ PZ"),
     "modma-128": tuple(f"E{i}" for i in range(1, 129)),
     "modma-13": _names("E3 E4 E9 E11 E36 E37 E45 E83 E92 E94 E104 E108 E116"),
-    "mobi-60": _names("""FP1 FP2 F7 F3 FZ F4 F8 FC5 FC1 FC2 FC6 T7 C3 CZ C4 T8 CP5 CP1 CP2 CP6 P7 P3 PZ P4 P8 PO9 O1 OZ O2 PO10 AF7
-        AF3 AF4 AF8 F5 F1 F2 F6 FT7 FC3 FC4 FT8 C5 C1 C2 C6 TP7 CP3 CPZ CP4 TP8 P5 P1 P2 P6 PO7 PO3 POZ PO4
-        PO8"""),
+    "mobi-60": _names(
+        """
+    FP1 FP2 F7 F3 FZ F4 F8 FC5 FC1 FC2 FC6 T7 C3 CZ C4 T8 CP5 CP1 CP2 CP6 P7 P3 PZ P4 P8 PO9 O1 OZ O2 PO10 AF7 AF3
+    AF4 AF8 F5 F1 F2 F6 FT7 FC3 FC4 FT8 C5 C1 C2 C6 TP7 CP3 CPZ CP4 TP8 P5 P1 P2 P6 PO7 PO3 POZ PO4 PO8
+    """
+    ),
     "mobi-19": _names("FP1 FP2 F7 F3 FZ F4 F8 C3 CZ C4 P3 PZ P4 T7 T8 P7 P8 O1 O2"),
 }
 
