@@ -1,0 +1,121 @@
+"""Dense building blocks shared by every architecture: dtype policy, linear layers, layer norm, MLP, dropout.
+
+Every LayerNorm of the family has eps 1e-5 and every GELU is the exact (erf) form.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+NORM_EPSILON = 1e-5
+
+Initializer = Callable[..., Array]
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """`compute` is the dtype of activations and products, `params` that of the stored parameters."""
+
+    compute: jnp.dtype
+    params: jnp.dtype
+
+    @classmethod
+    def from_name(cls, compute_dtype: str) -> "Dtypes":
+        """Parameters are float32, except float64 for float64.
+
+        Raises:
+            ValueError: unknown name, or float64 asked for while JAX has x64 switched off.
+        """
+        if compute_dtype not in ("float32", "bfloat16", "float64"):
+            raise ValueError(f"compute_dtype {compute_dtype!r} is unknown: choose float32, bfloat16 or float64")
+        if compute_dtype == "float64" and not jax.config.jax_enable_x64:
+            raise ValueError("compute_dtype 'float64' needs JAX's x64 mode: set jax_enable_x64 before building the model")
+        params = jnp.float64 if compute_dtype == "float64" else jnp.float32
+        return cls(jnp.dtype(compute_dtype), jnp.dtype(params))
+
+
+def uniform_fan_in(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear and convolution weights and biases."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32, **_):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def linear(
+    in_features: int, out_features: int, *, dtypes: Dtypes, rngs: nnx.Rngs, bias: bool = True, init: str = "xavier"
+) -> nnx.Linear:
+    """A linear layer `(.., in) -> (.., out)`.
+
+    `init="xavier"`: Xavier-normal weight, zero bias (LUNA's modules). `init="torch"`: PyTorch's default, uniform in
+    +-1/sqrt(in) for weight and bias (Mamba blocks and the Mamba and linear heads of the published models).
+    """
+    torch_default = uniform_fan_in(in_features)
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=bias,
+        kernel_init=torch_default if init == "torch" else nnx.initializers.glorot_normal(),
+        bias_init=torch_default if init == "torch" else nnx.initializers.zeros_init(),
+        dtype=dtypes.compute,
+        param_dtype=dtypes.params,
+        rngs=rngs,
+    )
+
+
+def layer_norm(features: int, *, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the last axis; statistics in float32 or better, centred variance."""
+    return nnx.LayerNorm(
+        features,
+        epsilon=NORM_EPSILON,
+        dtype=dtypes.compute,
+        param_dtype=dtypes.params,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Exact GELU (erf). The tanh form is off by 4.5e-4 end to end."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def dropout(x: Float[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "..."]:
+    """Inverted dropout drawn from the stream `dropout`; the identity when `rngs` is None (inference)."""
+    if rngs is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(rngs.dropout(), 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+class Mlp(nnx.Module):
+    """fc1, GELU, dropout, optional LayerNorm on the hidden layer, fc2, dropout: `(.., in) -> (.., out)`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        *,
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
+        hidden_norm: bool = False,
+        dropout: float = 0.0,
+    ):
+        self.fc1 = linear(in_features, hidden_features, dtypes=dtypes, rngs=rngs)
+        self.norm = layer_norm(hidden_features, dtypes=dtypes, rngs=rngs) if hidden_norm else None
+        self.fc2 = linear(hidden_features, out_features, dtypes=dtypes, rngs=rngs)
+        self.dropout = dropout
+
+    def __call__(self, x: Float[Array, "... I"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "... O"]:
+        x = dropout(gelu(self.fc1(x)), self.dropout, rngs)
+        if self.norm is not None:
+            x = self.norm(x)
+        return dropout(self.fc2(x), self.dropout, rngs)

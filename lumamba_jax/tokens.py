@@ -1,0 +1,226 @@
+"""EEG patches to tokens: time path, frequency path, mask token and electrode positions (model specification 1;
+LUNA, arXiv 2510.22257, section 3.1).
+
+    token = time_path(patch) + frequency_path(patch)        (or the mask token)        + position(channel)
+
+Group-norm statistics run over all channels and patches of a window, so a token depends on the whole window; padded
+channels and patches are left out of every statistic, which makes padding exact.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from lumamba_jax.layers import NORM_EPSILON, Dtypes, Mlp, gelu, uniform_fan_in
+
+NUM_GROUPS = 4
+POSITION_NOISE_STD = 0.02
+POSITION_EPSILON = 1e-8
+
+Stages = dict[str, Array]
+
+
+class ConvGeometry(NamedTuple):
+    """Kernel width, stride and zero padding of a convolution along the samples of one patch."""
+
+    kernel: int
+    stride: int
+    padding: int
+
+    def out_width(self, width: int) -> int:
+        """Output width for an input of `width` samples."""
+        return (width + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+class PatchConv(nnx.Module):
+    """1-D convolution inside each patch, as one matrix product over unfolded windows: `(.., W, I) -> (.., W', O)`."""
+
+    def __init__(self, geometry: ConvGeometry, inputs: int, outputs: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.geometry = geometry
+        self.dtype = dtypes.compute
+        init = uniform_fan_in(geometry.kernel * inputs)
+        self.kernel = nnx.Param(init(rngs.params(), (geometry.kernel, inputs, outputs), dtypes.params))
+        self.bias = nnx.Param(init(rngs.params(), (outputs,), dtypes.params))
+
+    def __call__(self, x: Float[Array, "*batch W I"]) -> Float[Array, "*batch V O"]:
+        """Zero-padded at both ends of the patch; never crosses a patch border."""
+        width, stride, padding = self.geometry
+        padded = jnp.pad(x.astype(self.dtype), [(0, 0)] * (x.ndim - 2) + [(padding, padding), (0, 0)])
+        starts = [i * stride for i in range(self.geometry.out_width(x.shape[-2]))]
+        windows = jnp.stack([padded[..., start : start + width, :] for start in starts], axis=-3)  # (.., V, k, I)
+        windows = windows.reshape(*windows.shape[:-2], -1)
+        kernel = self.kernel[...].astype(self.dtype)
+        out = windows @ kernel.reshape(-1, kernel.shape[-1])
+        return out + self.bias[...].astype(self.dtype).reshape((1,) * (out.ndim - 1) + (-1,))
+
+
+class WindowGroupNorm(nnx.Module):
+    """GroupNorm whose statistics run over every valid channel and patch of a window."""
+
+    def __init__(self, features: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.scale = nnx.Param(nnx.initializers.ones_init()(rngs.params(), (features,), dtypes.params))
+        self.bias = nnx.Param(nnx.initializers.zeros_init()(rngs.params(), (features,), dtypes.params))
+
+    def __call__(
+        self, x: Float[Array, "B C S W O"], valid: Bool[Array, "B C S"] | None = None
+    ) -> Float[Array, "B C S W O"]:
+        """Normalise per window and group of O/4 features; `valid` False leaves a patch out of the statistics."""
+        stats_dtype = jnp.promote_types(x.dtype, jnp.float32)
+        grouped = x.astype(stats_dtype).reshape(*x.shape[:-1], NUM_GROUPS, -1)  # (B, C, S, W, G, O/G)
+        axes = (1, 2, 3, 5)
+        where = None if valid is None else valid[:, :, :, None, None, None]
+        mean = jnp.mean(grouped, axis=axes, keepdims=True, where=where)
+        centred = grouped - mean
+        variance = jnp.mean(jnp.square(centred), axis=axes, keepdims=True, where=where)
+        normed = (centred / jnp.sqrt(variance + NORM_EPSILON)).reshape(x.shape)
+        scale, bias = (p[...].reshape(1, 1, 1, 1, -1) for p in (self.scale, self.bias))
+        return (normed * scale + bias).astype(x.dtype)
+
+
+class TimePath(nnx.Module):
+    """Three small convolutions with GroupNorm and GELU per patch: `(B, C, S, P) -> (B, C, S, E)`.
+
+    Token features are width-major: feature `w * O + o` with O = E/4.
+    """
+
+    def __init__(self, patch_size: int, embed_dim: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        half = patch_size // 2
+        first = ConvGeometry(kernel=half - 1, stride=half // 2, padding=half // 2 - 1)
+        features = embed_dim // 4
+        if embed_dim % 16 or patch_size % 4 or patch_size < 8 or first.out_width(patch_size) * features != embed_dim:
+            raise ValueError(
+                f"embed_dim {embed_dim} and patch_size {patch_size} do not fit the patch convolutions: embed_dim must be a "
+                "multiple of 16 and patch_size a multiple of 4 (at least 8)"
+            )
+        later = ConvGeometry(kernel=3, stride=1, padding=1)
+        self.convs = nnx.List(
+            [PatchConv(first, 1, features, dtypes=dtypes, rngs=rngs)]
+            + [PatchConv(later, features, features, dtypes=dtypes, rngs=rngs) for _ in range(2)]
+        )
+        self.norms = nnx.List([WindowGroupNorm(features, dtypes=dtypes, rngs=rngs) for _ in range(3)])
+
+    def __call__(
+        self,
+        patches: Float[Array, "B C S P"],
+        valid: Bool[Array, "B C S"] | None = None,
+        *,
+        stages: Stages | None = None,
+    ) -> Float[Array, "B C S E"]:
+        """`valid` False marks padded patches."""
+        x = patches[..., None]  # (B, C, S, P, 1)
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            convolved = conv(x)
+            normed = norm(convolved, valid)
+            x = gelu(normed)
+            if stages is not None:
+                for offset, value in enumerate((convolved, normed, x)):
+                    stages[f"patch_embed.proj_in.{3 * i + offset}"] = value
+        return x.reshape(*patches.shape[:3], -1)
+
+
+def spectral_features(patches: Float[Array, "... P"]) -> Float[Array, "... F"]:
+    """Magnitudes, then phases, of the unnormalised real FFT of each patch: F = 2 (P/2 + 1) (model specification 1.2).
+
+    Computed as two matrix products whose sine columns are exactly zero at DC and Nyquist, so that the phase there is
+    exactly 0 or pi by the sign of the real part, on every backend. Float32 or better.
+    """
+    size = patches.shape[-1]
+    bins = size // 2 + 1
+    turns = (np.arange(size)[:, None] * np.arange(bins)[None, :]) % size  # exact integer phase, in units of 1/size turn
+    angle = 2.0 * np.pi * turns / size
+    cosine, sine = np.cos(angle), -np.sin(angle)
+    sine[:, 0] = 0.0
+    if size % 2 == 0:
+        sine[:, -1] = 0.0
+    dtype = jnp.promote_types(patches.dtype, jnp.float32)
+    x = patches.astype(dtype)
+    real = jnp.matmul(x, jnp.asarray(cosine, dtype), precision="highest")
+    imaginary = jnp.matmul(x, jnp.asarray(sine, dtype), precision="highest")
+    power = jnp.square(real) + jnp.square(imaginary)
+    positive = power > 0
+    magnitude = jnp.where(positive, jnp.sqrt(jnp.where(positive, power, 1.0)), 0.0)  # finite gradient at 0
+    phase = jnp.arctan2(
+        jnp.where(positive, imaginary, 0.0), jnp.where(positive, real, 1.0)
+    )
+    return jnp.concatenate([magnitude, phase], axis=-1)
+
+
+def normalized_positions(
+    locations: Float[Array, "B C 3"], channel_mask: Bool[Array, "B C"] | None = None
+) -> Float[Array, "B C 3"]:
+    """Min-max normalise each axis over the (valid) channels of each sample: `(x - min) / (max - min + 1e-8)`.
+
+    Same IEEE operations as the reference, because the encoding's top octave magnifies each rounding step.
+    """
+    locations = locations.astype(jnp.promote_types(locations.dtype, jnp.float32))
+    where = None if channel_mask is None else channel_mask[:, :, None]
+    low = jnp.min(locations, axis=1, keepdims=True, initial=jnp.inf, where=where)
+    high = jnp.max(locations, axis=1, keepdims=True, initial=-jnp.inf, where=where)
+    normalized = (locations - low) / (high - low + POSITION_EPSILON)
+    return normalized if where is None else jnp.where(where, normalized, 0.0)
+
+
+def encode_positions(positions: Float[Array, "B C 3"], embed_dim: int) -> Float[Array, "B C E"]:
+    """Sines and cosines of `2^f * position` for f < E//6 octaves, no factor pi (model specification 1.4).
+
+    Feature order: octave, then axis, then (sin, cos); the last `E - 6 (E//6)` features are 0.
+    """
+    octaves = embed_dim // 6
+    scaled = positions[:, :, None, :] * (2.0 ** jnp.arange(octaves, dtype=positions.dtype))[None, None, :, None]
+    pairs = jnp.stack([jnp.sin(scaled), jnp.cos(scaled)], axis=-1)  # (B, C, F, 3, 2)
+    encoding = pairs.reshape(*positions.shape[:2], -1)
+    return jnp.pad(encoding, ((0, 0), (0, 0), (0, embed_dim - encoding.shape[-1])))
+
+
+class Tokenizer(nnx.Module):
+    """Normalised signal and electrode positions to tokens, padding-exact."""
+
+    def __init__(self, patch_size: int, embed_dim: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.patch_size, self.embed_dim, self.dtypes = patch_size, embed_dim, dtypes
+        features = 2 * (patch_size // 2 + 1)
+        self.time_path = TimePath(patch_size, embed_dim, dtypes=dtypes, rngs=rngs)
+        self.frequency_path = Mlp(features, 4 * features, embed_dim, dtypes=dtypes, rngs=rngs)
+        self.position_mlp = Mlp(embed_dim, 2 * embed_dim, embed_dim, hidden_norm=True, dtypes=dtypes, rngs=rngs)
+        truncated = nnx.initializers.truncated_normal(stddev=0.02, lower=-1.0, upper=1.0)
+        self.mask_token = nnx.Param(truncated(rngs.params(), (embed_dim,), dtypes.params))
+
+    def embed_positions(
+        self,
+        locations: Float[Array, "B C 3"],
+        channel_mask: Bool[Array, "B C"] | None = None,
+        noise: Float[Array, "B C 3"] | None = None,
+        *,
+        stages: Stages | None = None,
+    ) -> Float[Array, "B C E"]:
+        """Embed electrode positions (metres). `noise` is standard normal and scaled by 0.02 after normalisation."""
+        positions = normalized_positions(locations, channel_mask)
+        if noise is not None:
+            positions = positions + POSITION_NOISE_STD * noise.astype(positions.dtype)
+        encoding = encode_positions(positions, self.embed_dim)
+        embedding = self.position_mlp(encoding.astype(self.dtypes.compute))
+        if stages is not None:
+            stages.update(nerf_encoding=encoding, channel_location_emb=embedding)
+        return embedding
+
+    def embed_patches(
+        self,
+        patches: Float[Array, "B C S P"],
+        *,
+        masked: Bool[Array, "B C S"] | None = None,
+        valid: Bool[Array, "B C S"] | None = None,
+        stages: Stages | None = None,
+    ) -> Float[Array, "B C S E"]:
+        """Time plus frequency path; `masked` patches become the mask token, after the statistics were taken."""
+        time = self.time_path(patches.astype(self.dtypes.compute), valid, stages=stages)
+        features = spectral_features(patches)
+        frequency = self.frequency_path(features.astype(self.dtypes.compute))
+        tokens = time + frequency
+        if masked is not None:
+            mask_token = self.mask_token[...].astype(tokens.dtype).reshape(1, 1, 1, -1)
+            tokens = jnp.where(masked[..., None], mask_token, tokens)
+        if stages is not None:
+            stages.update(freq_features=features, patch_embed=time, freq_embed=frequency)
+        return tokens
