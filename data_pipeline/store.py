@@ -1,0 +1,414 @@
+"""The window store: one HDF5 file of windows, labels and provenance (docs/data.md describes every field).
+
+Every top-level group is a block of windows of one recording in one montage: `X (n,C,T)` float32 microvolts, `y`
+(labelled files), `start_sample (n,)`. That is the layout the reference's loaders read; the attributes are what they
+lack. `create_store` writes to a temporary name beside the target and renames it when complete, so a store either
+exists whole or not at all. `WindowStore` reads ours and, when told what such files do not say, the reference's own.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data_pipeline.montages import Montage, montage_of, named_montage, normalize_name
+
+SCHEMA_VERSION = "1"
+_TO_MICROVOLTS = {"uV": 1.0, "mV": 1e3, "V": 1e6}
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What holds for every window of a store.
+
+    `sfreq` in hertz, `n_times` samples per window, `stride_seconds` between window starts, `filters` and `provenance`
+    free-form JSON, `class_names` in the order of the label numbers (None: no labels, or regression targets).
+    """
+
+    sfreq: float
+    n_times: int
+    stride_seconds: float
+    filters: dict = field(default_factory=dict)
+    provenance: dict = field(default_factory=dict)
+    class_names: Sequence[str] | None = None
+    source_version: str = "lumamba_jax data_pipeline"
+
+
+class StoreWriter:
+    """Adds groups to a store that is being created; made by `create_store`."""
+
+    def __init__(self, file: h5py.File, info: StoreInfo) -> None:
+        self._file = file
+        self._info = info
+        self._montages: dict[str, Montage] = {}
+        self._label_shape: tuple | None = None
+        self.n_windows = 0
+
+    def add(
+        self,
+        group: str,
+        signal_uv: np.ndarray,
+        montage: Montage,
+        *,
+        subject: str,
+        recording: str,
+        start_samples: np.ndarray,
+        labels: np.ndarray | None = None,
+    ) -> None:
+        """Append one group of windows.
+
+        `signal_uv` (n,C,T) microvolts, `start_samples` (n,) in samples of the stored rate, `labels` (n,) int class
+        numbers or (n,K) float targets. Raises ValueError when shapes, montages or labels contradict the store.
+        """
+        signal_uv = np.asarray(signal_uv, dtype=np.float32)
+        labels = None if labels is None else np.asarray(labels)
+        self._check(group, signal_uv, montage, np.asarray(start_samples), labels)
+        block = self._file.create_group(group)
+        block.create_dataset("X", data=signal_uv)
+        block.create_dataset("start_sample", data=np.asarray(start_samples, dtype=np.int64))
+        if labels is not None:
+            block.create_dataset("y", data=labels.astype(np.int64 if labels.ndim == 1 else np.float32))
+        block.attrs.update({"subject_id": subject, "recording_id": recording, "montage": montage.name})
+        self._montages[montage.name] = montage
+        self.n_windows += len(signal_uv)
+
+    def _check(
+        self, group: str, signal: np.ndarray, montage: Montage, starts: np.ndarray, labels: np.ndarray | None
+    ) -> None:
+        if not group or "/" in group or group in self._file:
+            raise ValueError(f"group name {group!r} is empty, holds a slash or exists already")
+        expected = (len(signal), len(montage), self._info.n_times)
+        if signal.ndim != 3 or signal.shape != expected or len(signal) == 0:
+            raise ValueError(f"group {group!r}: expected windows of shape (n > 0, {expected[1]}, {expected[2]}), "
+                             f"found {signal.shape}")  # fmt: skip
+        if not np.isfinite(signal).all():
+            raise ValueError(f"group {group!r} holds values that are not finite: reject such windows before writing")
+        if starts.shape != (len(signal),):
+            raise ValueError(f"group {group!r}: {len(signal)} windows need as many start samples, found {starts.shape}")
+        if self._montages.setdefault(montage.name, montage) != montage:
+            raise ValueError(f"two montages are called {montage.name!r}: give them different names")
+        self._check_labels(group, len(signal), labels)
+
+    def _check_labels(self, group: str, n: int, labels: np.ndarray | None) -> None:
+        if labels is not None and (labels.ndim not in (1, 2) or len(labels) != n):
+            raise ValueError(f"group {group!r}: {n} windows need labels (n,) or (n,K), found {labels.shape}")
+        if labels is not None and labels.ndim == 1 and not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(
+                f"group {group!r}: class labels are integers, targets have shape (n,K); found {labels.dtype}"
+            )
+        shape = () if labels is None else (labels.ndim, *labels.shape[1:])
+        if self._label_shape is not None and self._label_shape != shape:
+            raise ValueError(f"group {group!r}: either every window of a store has a label of one kind, or none has")
+        self._label_shape = shape
+        names = self._info.class_names
+        if (
+            labels is not None
+            and labels.ndim == 1
+            and names is not None
+            and not (0 <= labels.min() <= labels.max() < len(names))
+        ):
+            raise ValueError(f"group {group!r}: class numbers must lie in 0..{len(names) - 1} ({', '.join(names)})")
+
+    def finish(self) -> None:
+        """Write the file attributes; called by `create_store` when its block ends well."""
+        if self.n_windows == 0:
+            raise ValueError("no window to write: the store would be empty")
+        info, montages = self._info, self._montages
+        self._file.attrs.update(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "sfreq": float(info.sfreq),
+                "unit": "uV",
+                "window_seconds": info.n_times / info.sfreq,
+                "stride_seconds": float(info.stride_seconds),
+                "window_layout": "nct",
+                "filters": json.dumps(info.filters),
+                "provenance": json.dumps(info.provenance),
+                "source_version": info.source_version,
+                "montages": json.dumps(
+                    {m.name: {"ch_names": m.ch_names, "locations": m.locations.tolist()} for m in montages.values()}
+                ),
+            }
+        )
+        if info.class_names is not None:
+            self._file.attrs["class_names"] = json.dumps(list(info.class_names))
+        if len(montages) == 1:
+            (only,) = montages.values()
+            self._file.attrs["channel_names"] = list(only.ch_names)
+
+
+@contextlib.contextmanager
+def create_store(path: str | Path, info: StoreInfo) -> Iterator[StoreWriter]:
+    """Write a window store atomically: the target appears, complete, when the block ends without an error.
+
+    An existing file is replaced at that moment and untouched before. Raises OSError with one sentence when the disk is
+    full, ValueError when no window was added; nothing is left behind in either case.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with _disk_errors_named(path):
+            with h5py.File(partial, "w") as file:
+                writer = StoreWriter(file, info)
+                yield writer
+                writer.finish()
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _disk_errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when closing cannot flush
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if full:
+            raise OSError(
+                errno.ENOSPC, f"the disk is full: {path} was not written; free some space and run again"
+            ) from error
+        raise
+
+
+class WindowStore:
+    """Random access to the windows of one HDF5 file. Opens it lazily in each process and drops the handle on pickling.
+
+    Files without our attributes (the reference's flavours) need to be told what they do not say: `montage` (a
+    `Montage` or a name of `CHANNEL_ORDERS`; TUAB/TUAR/TUSL files hold "tuh-bipolar-22-disk"), `unit` ("uV", "mV",
+    "V") and `sfreq` (hertz). `layout` "scrambled" undoes the reference's reshape of TUEG and Siena files (a stored
+    window is C pieces of mostly one channel); "auto" decides from the continuity of the signal at the seams.
+
+    Attributes: sfreq, n_times, class_names, montages {name: Montage}, labels ((n,) int32 classes, (n,K) int32 per
+    channel classes or float32 targets, or None), subjects / recordings / montage_names (n,) str, start_samples (n,)
+    int64 (-1 where unknown), attributes (the file's own, decoded).
+    Raises ValueError, one sentence, when the file is missing, truncated, not a window store, or lacks information.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        montage: Montage | str | None = None,
+        unit: str | None = None,
+        sfreq: float | None = None,
+        layout: str = "auto",
+    ) -> None:
+        self.path = Path(path)
+        self._file: h5py.File | None = None
+        self._pid = -1
+        try:
+            with self._readable():
+                file = self._open()
+                self.attributes = {key: _decoded(value) for key, value in file.attrs.items()}
+                self._groups = [name for name in file if name != "index_map"]
+                self._check_structure(file)
+                self._read_settings(montage, unit, sfreq)
+                self._read_index(file)
+                self._scrambled = self._layout_is_scrambled(file, layout)
+        finally:
+            self.close()
+
+    def __len__(self) -> int:
+        return len(self._group_of)
+
+    def __getitem__(self, i: int) -> dict:
+        """Window `i`: signal (C,T) float32 microvolts, montage (name), label (scalar, (K,), or absent)."""
+        i = int(i)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        window = {"signal": self.read(np.array([i]))[0], "montage": str(self.montage_names[i])}
+        if self.labels is not None:
+            window["label"] = self.labels[i]
+        return window
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Windows at `rows` (m,), all of one montage: (m,C,T) float32 microvolts, in the order asked for."""
+        rows = np.asarray(rows, dtype=np.int64)
+        names = np.unique(self.montage_names[rows])
+        if len(names) != 1:
+            raise ValueError(f"rows to read together must share one montage, found {', '.join(names) or 'no rows'}")
+        out = np.empty((len(rows), len(self.montages[str(names[0])]), self.n_times), dtype=np.float32)
+        with self._readable():
+            file = self._open()
+            for group in np.unique(self._group_of[rows]):
+                where = np.flatnonzero(self._group_of[rows] == group)
+                out[where] = self._read_group(file[self._groups[group]]["X"], self._row_of[rows[where]])
+        return self._cleaned(out)
+
+    def close(self) -> None:
+        """Close the file handle of this process; the next read opens it again."""
+        if self._file is not None and self._pid == os.getpid():
+            self._file.close()
+        self._file = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": None, "_pid": -1}
+
+    def _open(self) -> h5py.File:
+        if self._file is None or self._pid != os.getpid():  # a handle inherited through fork is not safe to use
+            if not self.path.is_file():
+                raise ValueError(
+                    f"window store {self.path} does not exist: make it with `python -m data_pipeline.prepare`"
+                )
+            self._file, self._pid = h5py.File(self.path, "r"), os.getpid()
+        return self._file
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, KeyError) as error:
+            reason = str(error).strip("'\"").splitlines()[0]
+            raise ValueError(
+                f"{self.path} cannot be read as a window store, it is truncated or not HDF5 ({reason}): make it again"
+            ) from error
+
+    def _check_structure(self, file: h5py.File) -> None:
+        if not self._groups:
+            raise ValueError(f"{self.path} holds no group of windows")
+        for name in self._groups:
+            block = file[name]
+            data = block.get("X") if isinstance(block, h5py.Group) else None
+            if data is None or data.ndim != 3:
+                raise ValueError(f"{self.path}: group {name!r} has no dataset X of shape (n, channels, samples)")
+        lengths = sorted({file[name]["X"].shape[2] for name in self._groups})
+        if len(lengths) > 1:
+            raise ValueError(f"{self.path} mixes windows of {lengths} samples: one store holds one window length")
+        self.n_times = int(lengths[0])
+
+    def _read_settings(self, montage: Montage | str | None, unit: str | None, sfreq: float | None) -> None:
+        attributes = self.attributes
+        unit = unit or attributes.get("unit")
+        sfreq = sfreq or attributes.get("sfreq")
+        if isinstance(montage, str):
+            montage = named_montage(montage)
+        self._given_montage = montage
+        known = montage is not None or "montages" in attributes or "channel_names" in attributes
+        lacking = [name for name, ok in (("montage", known), ("unit", unit), ("sfreq", sfreq)) if not ok]
+        if lacking:
+            raise ValueError(
+                f"{self.path} does not say its {', '.join(lacking)} (a file of another pipeline): open it with "
+                f"WindowStore(path, {', '.join(f'{name}=...' for name in lacking)})"
+            )
+        if unit not in _TO_MICROVOLTS:
+            raise ValueError(f"{self.path}: unknown unit {unit!r}, expected one of {', '.join(_TO_MICROVOLTS)}")
+        self._scale = _TO_MICROVOLTS[unit]
+        self.sfreq = float(sfreq)
+        names = attributes.get("class_names")
+        self.class_names: list[str] | None = None if names is None else list(json.loads(names))
+        self.montages = self._stored_montages()
+
+    def _stored_montages(self) -> dict[str, Montage]:
+        if self._given_montage is not None:
+            return {self._given_montage.name: self._given_montage}
+        if "montages" in self.attributes:
+            stored = json.loads(self.attributes["montages"])
+            return {name: Montage(name, m["ch_names"], np.array(m["locations"])) for name, m in stored.items()}
+        montage = montage_of([normalize_name(str(name)) for name in self.attributes["channel_names"]])
+        return {montage.name: montage}
+
+    def _read_index(self, file: h5py.File) -> None:
+        blocks = [file[name] for name in self._groups]
+        counts = [len(block["X"]) for block in blocks]
+        self._group_of = np.repeat(np.arange(len(blocks)), counts)
+        self._row_of = np.concatenate([np.arange(n) for n in counts])
+        only = next(iter(self.montages)) if len(self.montages) == 1 else None
+
+        def per_window(values: list) -> np.ndarray:
+            return np.repeat(np.array([str(v) for v in values], dtype=str), counts)
+
+        attrs = [{key: _decoded(value) for key, value in block.attrs.items()} for block in blocks]
+        named = list(zip(self._groups, attrs, strict=True))
+        montage_names = [only or str(a.get("montage", "")) for a in attrs]
+        for name, block, montage in zip(self._groups, blocks, montage_names, strict=True):
+            channels = block["X"].shape[1]
+            if montage not in self.montages or channels != len(self.montages[montage]):
+                raise ValueError(
+                    f"{self.path}: group {name!r} has {channels} channels, which montage {montage!r} does not describe"
+                )
+        self.subjects = per_window([a.get("subject_id", name) for name, a in named])
+        self.recordings = per_window([a.get("recording_id", name) for name, a in named])
+        self.montage_names = per_window(montage_names)
+        starts = [
+            block["start_sample"][:] if "start_sample" in block else np.full(n, -1)
+            for block, n in zip(blocks, counts, strict=True)
+        ]
+        self.start_samples = np.concatenate(starts).astype(np.int64)
+        self.labels = self._read_labels(blocks)
+
+    def _read_labels(self, blocks: list[h5py.Group]) -> np.ndarray | None:
+        labelled = ["y" in block for block in blocks]
+        if not any(labelled):
+            return None
+        if not all(labelled):
+            bare = [name for name, ok in zip(self._groups, labelled, strict=True) if not ok]
+            raise ValueError(
+                f"{self.path}: {len(bare)} groups have no labels (the first: {bare[0]!r}), the others have"
+            )
+        labels = np.concatenate([block["y"][:] for block in blocks])
+        if np.issubdtype(labels.dtype, np.integer):
+            return labels.astype(np.int32)
+        return labels.astype(np.float32).reshape(len(labels), -1)
+
+    def _layout_is_scrambled(self, file: h5py.File, layout: str) -> bool:
+        if layout not in ("auto", "nct", "scrambled"):
+            raise ValueError(f"layout must be 'auto', 'nct' or 'scrambled', found {layout!r}")
+        if layout != "auto" or "window_layout" in self.attributes:
+            return layout == "scrambled"
+        return any(looks_scrambled(file[name]["X"]) for name in self._groups[:3])
+
+    def _read_group(self, data: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
+        if self._scrambled:
+            n, channels, _ = data.shape
+            pieces = rows[:, None] + n * np.arange(channels)  # true (window, channel) -> place in the stored order
+            return np.stack([[data[k // channels, k % channels] for k in row] for row in pieces]).astype(np.float32)
+        unique, back = np.unique(rows, return_inverse=True)
+        first, last = int(unique[0]), int(unique[-1])
+        if len(unique) == last - first + 1:  # a plain slice is much faster than a list of rows
+            return data[first : last + 1][back].astype(np.float32)
+        return data[unique][back].astype(np.float32)
+
+    def _cleaned(self, signal: np.ndarray) -> np.ndarray:
+        if self._scale != 1.0:
+            signal *= np.float32(self._scale)
+        if "window_layout" in self.attributes or np.isfinite(signal).all():
+            return signal
+        warnings.warn(
+            f"{self.path}: {int((~np.isfinite(signal)).sum())} values are not finite (a float16 overflow of the "
+            f"writing pipeline) and are read as 0",
+            stacklevel=3,
+        )
+        return np.nan_to_num(signal, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def looks_scrambled(data: h5py.Dataset | np.ndarray) -> bool:
+    """Whether (n,C,T) consecutive windows were reshaped without a transpose, told from the jumps at the seams.
+
+    In such a block row c+1 of a window continues row c; in a right one window w+1 continues window w. Needs n >= 2
+    and C >= 2 (else False). At most 64 windows are looked at.
+    """
+    if data.shape[0] < 2 or data.shape[1] < 2:
+        return False
+    head = np.asarray(data[:64], dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # inf - inf of overflowed float16
+        within = np.nanmedian(np.abs(head[:, 1:, 0] - head[:, :-1, -1]))
+        across = np.nanmedian(np.abs(head[1:, :, 0] - head[:-1, :, -1]))
+    return bool(within < 0.5 * across)
+
+
+def _decoded(value: object) -> object:
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, np.ndarray):
+        return [_decoded(v) for v in value.tolist()]
+    return value.item() if isinstance(value, np.generic) else value
