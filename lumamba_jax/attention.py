@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from lumamba_jax.layers import Dtypes, dropout, gelu, layer_norm, linear
+from lumamba_jax.layers import Dtypes, LayerNorm, dropout, gelu, linear
 
 
 class MultiHeadAttention(nnx.Module):
@@ -84,13 +84,13 @@ class TransformerLayer(nnx.Module):
     ):
         hidden = int(mlp_ratio * width)
         self.dropout = dropout
-        self.norm1 = layer_norm(width, dtypes=dtypes, rngs=rngs)
+        self.norm1 = LayerNorm(width, dtypes=dtypes, rngs=rngs)
         self.self_attn = MultiHeadAttention(width, num_heads, dropout=dropout, dtypes=dtypes, rngs=rngs)
-        self.cross_norm = layer_norm(width, dtypes=dtypes, rngs=rngs) if cross else None
+        self.cross_norm = LayerNorm(width, dtypes=dtypes, rngs=rngs) if cross else None
         self.cross_attn = (
             MultiHeadAttention(width, num_heads, dropout=dropout, dtypes=dtypes, rngs=rngs) if cross else None
         )
-        self.ffn_norm = layer_norm(width, dtypes=dtypes, rngs=rngs)
+        self.ffn_norm = LayerNorm(width, dtypes=dtypes, rngs=rngs)
         self.linear1 = linear(width, hidden, dtypes=dtypes, rngs=rngs)
         self.linear2 = linear(hidden, width, dtypes=dtypes, rngs=rngs)
 

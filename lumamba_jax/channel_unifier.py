@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from lumamba_jax.attention import MultiHeadAttention, TransformerLayer
-from lumamba_jax.layers import Dtypes, Mlp, layer_norm
+from lumamba_jax.layers import Dtypes, LayerNorm, Mlp
 
 NUM_REFINEMENT_LAYERS = 3
 
@@ -37,9 +37,9 @@ class ChannelUnifier(nnx.Module):
     ):
         self.dtypes = dtypes
         self.queries = nnx.Param(_query_init(rngs.params(), (num_queries, embed_dim), dtypes.params))
-        self.queries_norm = layer_norm(embed_dim, dtypes=dtypes, rngs=rngs)
-        self.keys_norm = layer_norm(embed_dim, dtypes=dtypes, rngs=rngs)
-        self.values_norm = layer_norm(embed_dim, dtypes=dtypes, rngs=rngs)
+        self.queries_norm = LayerNorm(embed_dim, dtypes=dtypes, rngs=rngs)
+        self.keys_norm = LayerNorm(embed_dim, dtypes=dtypes, rngs=rngs)
+        self.values_norm = LayerNorm(embed_dim, dtypes=dtypes, rngs=rngs)
         self.attention = MultiHeadAttention(embed_dim, num_heads, dropout=dropout, dtypes=dtypes, rngs=rngs)
         hidden = int(mlp_ratio * embed_dim)
         self.ffn = Mlp(embed_dim, hidden, embed_dim, hidden_norm=True, dropout=dropout, dtypes=dtypes, rngs=rngs)

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lumamba_jax.attention import MultiHeadAttention, TransformerLayer
-from lumamba_jax.layers import Dtypes, Mlp, gelu, layer_norm, linear
+from lumamba_jax.layers import Dtypes, LayerNorm, Mlp, gelu, linear
 from lumamba_jax.mamba import MambaBlock, MambaConfig
 from lumamba_jax.scan import ScanImplementation
 
@@ -41,7 +41,7 @@ class ReconstructionHead(nnx.Module):
         self.layer = TransformerLayer(
             embed_dim, num_heads, mlp_ratio=mlp_ratio, cross=True, dropout=0.0, dtypes=dtypes, rngs=rngs
         )
-        self.norm = layer_norm(embed_dim, dtypes=dtypes, rngs=rngs)
+        self.norm = LayerNorm(embed_dim, dtypes=dtypes, rngs=rngs)
         self.mlp = Mlp(embed_dim, 4 * embed_dim, patch_size, dtypes=dtypes, rngs=rngs)
 
     def embed_channels(self, channel_ids: Int[Array, "B C"]) -> Float[Array, "B C E"]:

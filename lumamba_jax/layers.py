@@ -1,4 +1,4 @@
-"""Dense building blocks shared by every architecture: dtype policy, linear layers, layer norm, MLP, dropout.
+"""Dense building blocks shared by every architecture: dtype policy, linear layers, LayerNorm, MLP, dropout.
 
 Every LayerNorm of the family has eps 1e-5 and every GELU is the exact (erf) form.
 """
@@ -70,16 +70,25 @@ def linear(
     )
 
 
-def layer_norm(features: int, *, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over the last axis; statistics in float32 or better, centred variance."""
-    return nnx.LayerNorm(
-        features,
-        epsilon=NORM_EPSILON,
-        dtype=dtypes.compute,
-        param_dtype=dtypes.params,
-        use_fast_variance=False,
-        rngs=rngs,
-    )
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, eps 1e-5: centred variance, statistics in float32 or better.
+
+    Divides by the square root where a generic implementation multiplies by an approximate reciprocal square root,
+    which costs several float32 rounding steps on some backends.
+    """
+
+    def __init__(self, features: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.dtype = dtypes.compute
+        self.scale = nnx.Param(nnx.initializers.ones_init()(rngs.params(), (features,), dtypes.params))
+        self.bias = nnx.Param(nnx.initializers.zeros_init()(rngs.params(), (features,), dtypes.params))
+
+    def __call__(self, x: Float[Array, "... F"]) -> Float[Array, "... F"]:
+        """Normalise each vector of the last axis."""
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        normed = centred / jnp.sqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + NORM_EPSILON)
+        scale, bias = (p[...].reshape((1,) * (x.ndim - 1) + (-1,)) for p in (self.scale, self.bias))
+        return (normed * scale + bias).astype(self.dtype)
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -110,7 +119,7 @@ class Mlp(nnx.Module):
         dropout: float = 0.0,
     ):
         self.fc1 = linear(in_features, hidden_features, dtypes=dtypes, rngs=rngs)
-        self.norm = layer_norm(hidden_features, dtypes=dtypes, rngs=rngs) if hidden_norm else None
+        self.norm = LayerNorm(hidden_features, dtypes=dtypes, rngs=rngs) if hidden_norm else None
         self.fc2 = linear(hidden_features, out_features, dtypes=dtypes, rngs=rngs)
         self.dropout = dropout
 

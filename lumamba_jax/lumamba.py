@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lumamba_jax.channel_unifier import ChannelUnifier
 from lumamba_jax.heads import AttentionClassifier, LinearClassifier, MambaClassifier, ReconstructionHead
-from lumamba_jax.layers import Dtypes, layer_norm
+from lumamba_jax.layers import Dtypes, LayerNorm
 from lumamba_jax.mamba import Bidirectional, BiMamba, MambaConfig
 from lumamba_jax.scan import ScanImplementation
 from lumamba_jax.tokens import Tokenizer
@@ -127,7 +127,7 @@ class LuMambaBlock(nnx.Module):
     """`x + BiMamba(LayerNorm(x))`."""
 
     def __init__(self, config: MambaConfig, strategy: Bidirectional, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        self.norm = layer_norm(config.d_model, dtypes=dtypes, rngs=rngs)
+        self.norm = LayerNorm(config.d_model, dtypes=dtypes, rngs=rngs)
         self.mamba = BiMamba(config, strategy, dtypes=dtypes, rngs=rngs)
 
     def __call__(
