@@ -104,8 +104,27 @@ def dropout(x: Float[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Float
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
+def pairwise_linear(layer: nnx.Linear, x: Float[Array, "... I"], parts: int = 4) -> Float[Array, "... O"]:
+    """Apply `layer` as a tree of `parts` partial products: a third of the rounding error of one running sum.
+
+    For small layers whose input is exact, where the order of summation is the error (electrode positions).
+    """
+    kernel = layer.kernel[...].astype(x.dtype).reshape(parts, -1, layer.out_features)
+    split = x.reshape(*x.shape[:-1], parts, -1)
+    sums = list(jnp.einsum("...gi,gio->g...o", split, kernel))
+    while len(sums) > 1:
+        sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
+    out = sums[0]
+    if layer.bias is not None:
+        out = out + layer.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return out
+
+
 class Mlp(nnx.Module):
-    """fc1, GELU, dropout, optional LayerNorm on the hidden layer, fc2, dropout: `(.., in) -> (.., out)`."""
+    """fc1, GELU, dropout, optional LayerNorm on the hidden layer, fc2, dropout: `(.., in) -> (.., out)`.
+
+    With `pairwise` both layers are summed as trees (`pairwise_linear`).
+    """
 
     def __init__(
         self,
@@ -117,14 +136,19 @@ class Mlp(nnx.Module):
         rngs: nnx.Rngs,
         hidden_norm: bool = False,
         dropout: float = 0.0,
+        pairwise: bool = False,
     ):
         self.fc1 = linear(in_features, hidden_features, dtypes=dtypes, rngs=rngs)
         self.norm = LayerNorm(hidden_features, dtypes=dtypes, rngs=rngs) if hidden_norm else None
         self.fc2 = linear(hidden_features, out_features, dtypes=dtypes, rngs=rngs)
         self.dropout = dropout
+        self.pairwise = pairwise
 
     def __call__(self, x: Float[Array, "... I"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "... O"]:
-        x = dropout(gelu(self.fc1(x)), self.dropout, rngs)
+        x = dropout(gelu(self._apply(self.fc1, x)), self.dropout, rngs)
         if self.norm is not None:
             x = self.norm(x)
-        return dropout(self.fc2(x), self.dropout, rngs)
+        return dropout(self._apply(self.fc2, x), self.dropout, rngs)
+
+    def _apply(self, layer: nnx.Linear, x: Array) -> Array:
+        return pairwise_linear(layer, x) if self.pairwise else layer(x)

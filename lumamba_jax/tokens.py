@@ -183,7 +183,9 @@ class Tokenizer(nnx.Module):
         features = 2 * (patch_size // 2 + 1)
         self.time_path = TimePath(patch_size, embed_dim, dtypes=dtypes, rngs=rngs)
         self.frequency_path = Mlp(features, 4 * features, embed_dim, dtypes=dtypes, rngs=rngs)
-        self.position_mlp = Mlp(embed_dim, 2 * embed_dim, embed_dim, hidden_norm=True, dtypes=dtypes, rngs=rngs)
+        self.position_mlp = Mlp(
+            embed_dim, 2 * embed_dim, embed_dim, hidden_norm=True, pairwise=True, dtypes=dtypes, rngs=rngs
+        )
         truncated = nnx.initializers.truncated_normal(stddev=0.02, lower=-1.0, upper=1.0)
         self.mask_token = nnx.Param(truncated(rngs.params(), (embed_dim,), dtypes.params))
 
