@@ -10,12 +10,11 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -27,6 +26,7 @@ from lumamba_jax.lumamba import LuMamba, LuMambaConfig
 FORMAT_VERSION = 1
 METADATA_FILE = "metadata.json"
 WEIGHTS_DIRECTORY = "weights"
+BEST_DIRECTORY = "best"
 # Fields that may differ between a checkpoint and the model its encoder is loaded into: the head and how to compute.
 _NOT_ENCODER = (
     "head",
@@ -84,14 +84,14 @@ def save_pretrained(
 
 
 def load_pretrained(directory: str | Path) -> tuple[LuMambaConfig, nnx.State, dict[str, Any]]:
-    """Read what `save_pretrained` wrote.
+    """Read what `save_pretrained` wrote; the directory of a training run stands for its best model.
 
     Returns: (config, params, metadata); `params` has NumPy leaves in the tree of `LuMamba(config)`, so that
         `nnx.merge(nnx.split(nnx.eval_shape(...))[0], params)` is the model; `metadata` is the whole JSON file.
     Raises: FileNotFoundError when there is no export; ValueError when it is damaged, of another format or
         architecture, or when its tensors are not those of its configuration (all of them listed).
     """
-    directory = Path(directory).absolute()
+    directory = _export_in(directory)
     metadata = read_metadata(directory)
     config = _config_from(metadata, directory)
     try:
@@ -108,9 +108,7 @@ def load_pretrained(directory: str | Path) -> tuple[LuMambaConfig, nnx.State, di
 
 def read_metadata(directory: str | Path) -> dict[str, Any]:
     """The JSON beside the weights. Raises FileNotFoundError or ValueError like `load_pretrained`."""
-    path = Path(directory).absolute() / METADATA_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is not an exported model: it has no {METADATA_FILE}")
+    path = _export_in(directory) / METADATA_FILE
     try:
         metadata = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -175,7 +173,7 @@ class TrainCheckpoints:
         """Wait for the disk and release the directory."""
         self._checkpointer.close()
 
-    def __enter__(self) -> "TrainCheckpoints":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -185,6 +183,14 @@ class TrainCheckpoints:
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide the numbers."""
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
+
+
+def _export_in(directory: str | Path) -> Path:
+    directory = Path(directory).absolute()
+    for candidate in (directory, directory / BEST_DIRECTORY):
+        if (candidate / METADATA_FILE).is_file():
+            return candidate
+    raise FileNotFoundError(f"{directory} is not an exported model or a training run: it has no {METADATA_FILE}")
 
 
 def _config_from(metadata: dict[str, Any], source: Path) -> LuMambaConfig:
@@ -219,10 +225,10 @@ def _replacing(directory: Path) -> Iterator[Path]:
         yield temporary
         if directory.exists():
             previous = directory.with_name(f".{directory.name}.previous-{mark}")
-            os.replace(directory, previous)
-            os.replace(temporary, directory)
+            directory.replace(previous)
+            temporary.replace(directory)
             shutil.rmtree(previous)
         else:
-            os.replace(temporary, directory)
+            temporary.replace(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

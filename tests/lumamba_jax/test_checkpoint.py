@@ -64,7 +64,7 @@ def test_a_failed_export_keeps_the_earlier_one(tmp_path, monkeypatch):
 
 def test_parameters_of_another_configuration_are_refused_with_every_difference(tmp_path):
     other = dataclasses.replace(MICRO, num_blocks=2, num_outputs=5)
-    with pytest.raises(ValueError, match="missing .*has shape") as error:
+    with pytest.raises(ValueError, match=r"missing .*has shape") as error:
         checkpoint.save_pretrained(tmp_path / "model", other, micro_params(), {})
     assert "blocks/1" in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -72,7 +72,7 @@ def test_parameters_of_another_configuration_are_refused_with_every_difference(t
 
 def test_encoder_difference_lists_sizes_but_not_heads():
     other = dataclasses.replace(MICRO, num_blocks=2, embed_dim=32, head="reconstruction", num_outputs=None)
-    with pytest.raises(ValueError, match="embed_dim 32 .expected 16.*num_blocks 2 .expected 1") as error:
+    with pytest.raises(ValueError, match=r"embed_dim 32 .expected 16.*num_blocks 2 .expected 1") as error:
         checkpoint.require_same_encoder(other, MICRO, "somewhere")
     assert "head" not in str(error.value)
     checkpoint.require_same_encoder(dataclasses.replace(MICRO, head="attention", dropout=0.5), MICRO, "somewhere")
@@ -113,6 +113,6 @@ def test_train_states_keep_the_newest_and_restore_exactly(tmp_path):
         restored, progress = saved.restore(jax.eval_shape(lambda: state))
         assert progress == {"best": 0.5, "none": None}
         assert_same_bits(restored, state)
-        with pytest.raises(ValueError, match="another architecture.*moments/1 has shape"):
+        with pytest.raises(ValueError, match=r"another architecture.*moments/1 has shape"):
             saved.restore(jax.eval_shape(lambda: {**state, "moments": (jnp.arange(3.0), jnp.zeros((2,)))}))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "7"]

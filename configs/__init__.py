@@ -1,0 +1,56 @@
+"""Presets and the command line: `load(name or path)` and `cli(arguments)`."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from configs.schema import DataConfig, ExperimentConfig, TrainerConfig, read_yaml, write_yaml
+
+__all__ = ["DataConfig", "ExperimentConfig", "TrainerConfig", "cli", "load", "preset_names", "write_yaml"]
+
+
+def preset_names() -> list[str]:
+    """The names of the presets in this package."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+
+
+def load(name: str) -> ExperimentConfig:
+    """A preset by name, or any YAML file by path. Raises ValueError with the closest preset when there is none."""
+    path = Path(__file__).parent / f"{name}.yaml"
+    if name in preset_names():
+        return read_yaml(path)
+    if Path(name).is_file():
+        return read_yaml(Path(name))
+    close = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}?" if close else f"presets: {', '.join(preset_names())}"
+    raise ValueError(f"{name!r} is neither a preset nor a file: {hint}")
+
+
+def cli(arguments: Sequence[str], program: str) -> ExperimentConfig:
+    """`PRESET [--section.field value ...]`: a preset or YAML file, then overrides; `--help` lists every field.
+
+    Raises: ValueError for an unknown preset or contradictory values. Unknown options and malformed values are reported
+        by tyro with the closest known ones, exit status 2.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        wants_help = bool({"-h", "--help"} & set(arguments))
+        print(f"usage: {program} PRESET [--section.field value ...]\npresets: {', '.join(preset_names())}, or a YAML file")
+        print(f"every field with its default: {program} PRESET --help")
+        sys.exit(0 if wants_help else 2)
+    preset = load(arguments[0])
+    return tyro.cli(
+        ExperimentConfig,
+        prog=f"{program} {arguments[0]}",
+        default=preset,
+        args=[_spelled_for_tyro(argument) for argument in arguments[1:]],
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+
+
+def _spelled_for_tyro(argument: str) -> str:
+    """YAML's `true`, `false` and `null` on the command line too, alone or after `=`."""
+    name, equals, value = argument.rpartition("=")
+    return name + equals + {"true": "True", "false": "False", "null": "None"}.get(value, value)

@@ -1,0 +1,223 @@
+"""The train state and its two compiled programs: one optimizer step, one evaluation batch.
+
+Init goes in three moves (abstract shapes -> shardings -> compiled init), so that a resumed run never materialises the
+fresh weights. Every random draw of step `k` is a function of (seed, stream, `k`), hence no generator state is saved and a
+continued run equals the unbroken one bit for bit. Under `jit` the view is global: a mean over the batch is the mean
+over all devices.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from lumamba_jax.checkpoint import abstract_params, named_leaves
+from lumamba_jax.lumamba import LuMamba, LuMambaConfig
+from lumamba_jax.masking import STREAMS, stream_key
+from lumamba_jax.sharding import batch_sharding, replicated, state_shardings, to_global
+from lumamba_jax.tasks import Task
+
+Keys = dict[str, Key[Array, ""]]
+
+
+class TrainState(NamedTuple):
+    """What changes from step to step. `step` is the number of optimizer steps done, and the next batch's index."""
+
+    step: Int[Array, ""]
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+def step_keys(seed: int, step: Int[Array, ""] | int) -> Keys:
+    """One key for each random stream at one step (`masking.stream_key`)."""
+    return {name: stream_key(seed, name, step) for name in STREAMS}
+
+
+def graph_definition(config: LuMambaConfig) -> nnx.GraphDef:
+    """The static half of the model; `nnx.merge(graph_definition(config), params)` is the model."""
+    return nnx.split(nnx.eval_shape(lambda: LuMamba(config, rngs=nnx.Rngs(0))))[0]
+
+
+def abstract_state(config: LuMambaConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the train state: what a resume restores into."""
+    params = abstract_params(config)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = TrainState(step, params, jax.eval_shape(optimizer.init, params))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(shapes, mesh),
+    )
+
+
+def init_state(
+    config: LuMambaConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    seed: int,
+    pretrained: Mapping[str, np.ndarray] | None = None,
+) -> TrainState:
+    """Fresh parameters and optimizer state, created sharded.
+
+    Args:
+        config: sizes and head.
+        optimizer: from `optimizer.make_optimizer`.
+        mesh: from `sharding.make_mesh`.
+        seed: of the initialisation.
+        pretrained: values that replace the fresh ones, by parameter path (`select_pretrained`).
+    """
+
+    def init(replacements: Mapping[str, Array]) -> TrainState:
+        params = nnx.split(LuMamba(config, rngs=nnx.Rngs(seed)))[1]
+        leaves = {**named_leaves(params), **replacements}
+        params = jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    return jax.jit(init, out_shardings=shardings)(dict(pretrained or {}))
+
+
+class WarmStart(NamedTuple):
+    """Which parameters come from a checkpoint: `loaded` by path, `new` start fresh, `unused` stay behind."""
+
+    loaded: dict[str, np.ndarray]
+    new: list[str]
+    unused: list[str]
+
+
+def select_pretrained(config: LuMambaConfig, params: nnx.State) -> WarmStart:
+    """Choose the parameters of a pre-trained model that fit `config`: the encoder, and the head where it is the same.
+
+    A head is taken only as a whole: if one of its tensors is absent or has another shape, all of it starts fresh.
+    """
+    found, wanted = named_leaves(params), named_leaves(abstract_params(config))
+    fits = {name: name in found and tuple(found[name].shape) == tuple(leaf.shape) for name, leaf in wanted.items()}
+    head_fits = all(fit for name, fit in fits.items() if is_head(name))
+    loaded = {name: np.asarray(found[name]) for name, fit in fits.items() if fit and (head_fits or not is_head(name))}
+    return WarmStart(
+        loaded,
+        new=[name for name in wanted if name not in loaded],
+        unused=[name for name in found if name not in loaded],
+    )
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter path belongs to the head (fresh in fine-tuning, trained when the encoder is frozen)."""
+    return name.split("/", 1)[0] == "head"
+
+
+def make_train_step(
+    config: LuMambaConfig,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    seed: int,
+    freeze_encoder: bool = False,
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """Compile `(state, batch) -> (state, metrics)`; the given state's buffers are donated, the metrics stay on device.
+
+    A frozen encoder is excluded from the backward pass here and from the update by the optimizer's own mask.
+    """
+    graphdef = graph_definition(config)
+
+    def loss_fn(params: nnx.State, batch: dict[str, Array], keys: Keys) -> tuple[Array, dict[str, Array]]:
+        if freeze_encoder:
+            leaves = [v if is_head(k) else jax.lax.stop_gradient(v) for k, v in named_leaves(params).items()]
+            params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+        return task.loss(nnx.merge(graphdef, params), batch, keys)
+
+    def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        keys = step_keys(seed, state.step)
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, keys)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    config: LuMambaConfig, task: Task, mesh: Mesh, *, seed: int
+) -> Callable[[nnx.State, dict[str, Array]], dict[str, Array]]:
+    """Compile `(params, batch) -> outputs`: the arrays `(B, ...)` of `task.evaluate` with the batch's ids and labels.
+
+    No dropout and no position noise; draws that the objective itself needs (masks, views) are the same in every
+    evaluation, so that validation losses are comparable over a run.
+    """
+    graphdef = graph_definition(config)
+
+    def eval_step(params: nnx.State, batch: dict[str, Array]) -> dict[str, Array]:
+        outputs = task.evaluate(nnx.merge(graphdef, params), batch, step_keys(seed, 0))
+        return outputs | {key: batch[key] for key in ("window_id", "window_mask", "label") if key in batch}
+
+    params_shardings = state_shardings(abstract_params(config), mesh)
+    return jax.jit(eval_step, in_shardings=(params_shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+
+
+class Evaluation(NamedTuple):
+    """Collected outputs of `n` real windows: `outputs` by name `(n, ...)`, `window_id (n,)`, `label (n, ...)` or None."""
+
+    outputs: dict[str, np.ndarray]
+    window_id: np.ndarray
+    label: np.ndarray | None
+
+
+def evaluate(
+    eval_step: Callable[[nnx.State, dict[str, Array]], dict[str, Array]],
+    params: nnx.State,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    mesh: Mesh,
+) -> Evaluation:
+    """Run one pass over host batches and drop the filler rows.
+
+    Raises: ValueError when there is no real window.
+    """
+    parts = [jax.device_get(eval_step(params, to_global(batch, mesh))) for batch in batches]
+    real = [part.pop("window_mask") for part in parts]
+    if not any(mask.any() for mask in real):
+        raise ValueError("there is no window to evaluate")
+    joined = {key: np.concatenate([p[key][m] for p, m in zip(parts, real, strict=True)]) for key in parts[0]}
+    return Evaluation(joined, joined.pop("window_id"), joined.pop("label", None))
+
+
+@dataclass
+class Progress:
+    """Model selection on a validation loss (lower is better); saved with every checkpoint as JSON."""
+
+    best_value: float | None = None
+    best_step: int = 0
+    validations_since_best: int = 0
+
+    def update(self, value: float, step: int) -> bool:
+        """Record a validation; True when it is the best so far."""
+        if math.isfinite(value) and (self.best_value is None or value < self.best_value):
+            self.best_value, self.best_step, self.validations_since_best = value, step, 0
+            return True
+        self.validations_since_best += 1
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; `Progress(**progress.to_json()) == progress`."""
+        return asdict(self)
+
+
+def first_non_finite(losses: Mapping[int, float]) -> int | None:
+    """The first step whose loss is not a finite number, None when all are."""
+    return next((step for step in sorted(losses) if not math.isfinite(losses[step])), None)
