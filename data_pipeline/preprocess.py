@@ -309,7 +309,10 @@ def check_units(recording: Recording) -> None:
     low, high = PLAUSIBLE_UV
     if low <= amplitude <= high:
         return
-    sentence = f"robust amplitude of {amplitude:.3g} uV is not plausible for EEG ({low:g} to {high:g} uV; unit: {recording.unit})"
+    sentence = (
+        f"robust amplitude of {amplitude:.3g} uV is not plausible for EEG ({low:g} to {high:g} uV; "
+        f"unit: {recording.unit})"
+    )
     factor = likely_factor(amplitude)
     if factor is None:
         raise ValueError(f"{sentence}: give --scale FACTOR if the unit is wrong, or --accept-units if it is right")
