@@ -66,7 +66,7 @@ def selective_scan(
             f"scan implementation {implementation!r} is unknown: choose one of {get_args(ScanImplementation)}"
         )
     state_dtype = jnp.promote_types(u.dtype, jnp.float32)
-    u_, delta_, A_, B_, C_ = (x.astype(state_dtype) for x in (u, delta, A, B, C))
+    u_, delta_, A_, B_, C_ = (jnp.asarray(x, state_dtype) for x in (u, delta, A, B, C))
     if delta_bias is not None:
         delta_ = delta_ + delta_bias.astype(state_dtype)[None, None, :]
     if delta_softplus:
@@ -78,7 +78,7 @@ def selective_scan(
     if implementation == "auto":
         implementation = "sequential" if jax.default_backend() == "cpu" else "associative"
     run = _associative if implementation == "associative" else _sequential
-    y, h_last = run(u_, delta_, A_.T, B_, C_, h0.astype(state_dtype).transpose(0, 2, 1), reverse=reverse)
+    y, h_last = run(u_, delta_, A_.T, B_, C_, jnp.asarray(h0, state_dtype).transpose(0, 2, 1), reverse=reverse)
     if D is not None:
         y = y + u_ * D.astype(state_dtype)[None, None, :]
     if z is not None:

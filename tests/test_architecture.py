@@ -1,0 +1,74 @@
+"""The import directions of docs/architecture.md, and what `import lumamba_jax` may load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = {"scan", "layers", "mamba", "attention", "tokens", "channel_unifier", "heads", "lumamba"}
+MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
+    "scan": set(),
+    "layers": set(),
+    "losses": set(),
+    "metrics": set(),
+    "mamba": {"scan", "layers"},
+    "attention": {"layers"},
+    "tokens": {"layers"},
+    "channel_unifier": {"attention", "layers"},
+    "heads": {"attention", "layers", "mamba", "scan"},
+    "lumamba": MODEL,
+}
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", _modules("lumamba_jax"), ids=lambda p: p.name)
+def test_the_model_knows_no_data_and_no_entry_script(path):
+    tops = {name.split(".")[0] for name in _imports(path)}
+    assert not tops & {"data_pipeline", "configs", "train", "eval", "torch"}
+
+
+@pytest.mark.parametrize("path", _modules("data_pipeline"), ids=lambda p: p.name)
+def test_data_knows_no_model_and_no_device(path):
+    tops = {name.split(".")[0] for name in _imports(path)}
+    assert not tops & {"lumamba_jax", "configs", "jax", "flax", "optax", "torch"}
+
+
+@pytest.mark.parametrize("module", sorted(MAY_IMPORT))
+def test_model_modules_import_downwards_only(module):
+    inner = {
+        name.split(".")[1] for name in _imports(ROOT / "lumamba_jax" / f"{module}.py") if name.startswith("lumamba_jax.")
+    }
+    assert inner <= MAY_IMPORT[module] | {module}, f"{module} imports {inner - MAY_IMPORT[module]}"
+
+
+def test_importing_the_model_is_light():
+    code = (
+        "import sys, lumamba_jax; heavy = {'mne', 'matplotlib', 'sklearn', 'torch', 'grain', 'h5py', 'scipy.signal', "
+        "'tensorboardX', 'tyro', 'orbax'} & set(sys.modules); print(sorted(heavy))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_path_of_a_machine_is_committed():
+    for path in [p for pattern in ("*.py", "*.md", "*.yaml", "*.toml", "Makefile") for p in ROOT.rglob(pattern)]:
+        if ".venv" in path.parts or "runs" in path.parts:
+            continue
+        text = path.read_text(errors="replace")
+        assert "/home/" not in text or path.name == "test_architecture.py", path
