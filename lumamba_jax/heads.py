@@ -13,6 +13,7 @@ from lumamba_jax.mamba import MambaBlock, MambaConfig
 from lumamba_jax.scan import ScanImplementation
 
 MAMBA_HEAD_WIDTH = 256
+DECODER_MLP_RATIO = 4  # fixed in the published models, whatever the encoder's ratio is
 
 Stages = dict[str, Array]
 
@@ -30,7 +31,6 @@ class ReconstructionHead(nnx.Module):
         num_heads: int,
         vocab_size: int,
         *,
-        mlp_ratio: float,
         dtypes: Dtypes,
         rngs: nnx.Rngs,
     ):
@@ -39,7 +39,7 @@ class ReconstructionHead(nnx.Module):
             nnx.initializers.normal(1.0)(rngs.params(), (vocab_size, embed_dim), dtypes.params)
         )
         self.layer = TransformerLayer(
-            embed_dim, num_heads, mlp_ratio=mlp_ratio, cross=True, dropout=0.0, dtypes=dtypes, rngs=rngs
+            embed_dim, num_heads, mlp_ratio=DECODER_MLP_RATIO, cross=True, dropout=0.0, dtypes=dtypes, rngs=rngs
         )
         self.norm = LayerNorm(embed_dim, dtypes=dtypes, rngs=rngs)
         self.mlp = Mlp(embed_dim, 4 * embed_dim, patch_size, dtypes=dtypes, rngs=rngs)

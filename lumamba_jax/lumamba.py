@@ -38,7 +38,7 @@ class LuMambaConfig:
         expand: inner width of a Mamba block over M.
         d_state: states per inner feature.
         d_conv: width of the causal convolution.
-        mlp_ratio: hidden over width in the attention layers.
+        mlp_ratio: hidden over width in the channel unification (4 in the reconstruction head, as published).
         bidirectional: how the two directions are joined; "none" runs forward only.
         head: "reconstruction" for pre-training; "attention", "mamba", "linear" classify or regress; "none" encodes.
         num_outputs: classes or regression targets (classifier heads).
@@ -302,7 +302,6 @@ def _make_head(
             config.embed_dim,
             config.num_heads,
             config.vocab_size,
-            mlp_ratio=config.mlp_ratio,
             dtypes=dtypes,
             rngs=rngs,
         )

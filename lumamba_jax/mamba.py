@@ -26,23 +26,23 @@ Stages = dict[str, Array]
 
 @dataclass(frozen=True)
 class MambaConfig:
-    """Sizes of one Mamba block of width `d_model`; `dt_rank` is ceil(d_model / 16)."""
+    """Sizes of one Mamba block of width `d_model`; rank `dt_rank` of the step-size projection: 0 = ceil(d_model / 16)."""
 
     d_model: int
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
+    dt_rank: int = 0
     scan_implementation: ScanImplementation = "auto"
+
+    def __post_init__(self):
+        if self.dt_rank == 0:
+            object.__setattr__(self, "dt_rank", math.ceil(self.d_model / 16))
 
     @property
     def d_inner(self) -> int:
         """Inner width D."""
         return self.expand * self.d_model
-
-    @property
-    def dt_rank(self) -> int:
-        """Rank R of the step-size projection."""
-        return math.ceil(self.d_model / 16)
 
 
 def _a_log_init(_key, shape, dtype) -> Array:
