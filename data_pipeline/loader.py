@@ -79,7 +79,10 @@ class LoaderConfig:
             raise ValueError(f"loader: time bucket {ragged[0]} is not a multiple of the patch size {self.patch_size}")
 
     def for_evaluation(self) -> "LoaderConfig":
-        """The same shapes for one complete pass: stored order, no augmentation, last batch filled up."""
+        """The same shapes for one complete pass: no augmentation, the last batch of each bucket filled up.
+
+        Rows come in the order asked for within a bucket; with several buckets go by `window_id`.
+        """
         return dataclasses.replace(self, shuffle=False, drop_remainder=False, channel_dropout=0.0, noise_uv=0.0)
 
 

@@ -37,16 +37,12 @@ class Amplifier:
     ecg: bool
 
 
+_SITES_A = ("FP1", "FP2", "F7", "F3", "FZ", "F4", "F8", "T3", "C3", "CZ", "C4", "T4", "T5", "P3", "PZ", "P4", "T6")
+_SITES_B = ("FP1", "FP2", "F7", "F3", "FZ", "F4", "F8", "FC1", "FC2", "T7", "C3", "CZ", "C4", "T8", "CP1", "CP2")
+
 AMPLIFIERS = (
-    Amplifier(
-        tuple("FP1 FP2 F7 F3 FZ F4 F8 T3 C3 CZ C4 T4 T5 P3 PZ P4 T6 O1 O2".split()), label="{}", sfreq=256, ecg=False
-    ),
-    Amplifier(
-        tuple("FP1 FP2 F7 F3 FZ F4 F8 FC1 FC2 T7 C3 CZ C4 T8 CP1 CP2 P3 PZ P4 O1 OZ O2".split()),
-        label="EEG {}-REF",
-        sfreq=250,
-        ecg=True,
-    ),
+    Amplifier((*_SITES_A, "O1", "O2"), label="{}", sfreq=256, ecg=False),
+    Amplifier((*_SITES_B, "P3", "PZ", "P4", "O1", "OZ", "O2"), label="EEG {}-REF", sfreq=250, ecg=True),
 )
 
 
