@@ -239,22 +239,23 @@ def named_montage(name: str) -> Montage:
 def bipolar_signal(signal: np.ndarray, ch_names: Sequence[str], pairs: Sequence[str]) -> np.ndarray:
     """First electrode minus second for each pair name: (C,T) signal of `ch_names` -> (len(pairs),T), same unit.
 
-    A channel recorded as that very pair is taken as it is. Raises ValueError naming the electrodes that are missing.
+    A name recorded as it is (a pair, or a single electrode among the names asked for) is taken as it is.
+    Raises ValueError listing every name that is neither recorded nor derivable.
     """
+    ch_names = tuple(ch_names)
     rows, missing = [], []
     for pair in pairs:
         recorded = find_name(pair, ch_names)
-        sites = split_pair(pair)
+        found = [find_name(site, ch_names) for site in split_pair(pair) or ()]
         if recorded is not None:
-            rows.append(signal[list(ch_names).index(recorded)])
-            continue
-        found = [find_name(site, ch_names) for site in sites or (pair,)]
-        missing += [site for site, hit in zip(sites or (pair,), found, strict=True) if hit is None]
-        if not missing:
-            first, second = (signal[list(ch_names).index(hit)] for hit in found)
+            rows.append(signal[ch_names.index(recorded)])
+        elif found and None not in found:
+            first, second = (signal[ch_names.index(name)] for name in found if name is not None)
             rows.append(first - second)
+        else:
+            missing.append(pair)
     if missing:
-        raise ValueError(f"electrodes missing for the montage: {', '.join(dict.fromkeys(missing))}")
+        raise ValueError(f"the montage asks for channels that are neither recorded nor derivable: {', '.join(missing)}")
     return np.stack(rows)
 
 

@@ -174,9 +174,9 @@ def prepare(config: PrepareConfig) -> dict:
     labelled, unlabelled = _match_labels(files, table, config)
     class_names = _class_names(table, config)
     cache = config.out.with_name(f".{config.out.name}.cache")
+    tasks = [_task(name, path, labelled, table, cache, config) for name, path in files.items() if name in labelled]
     with _disk_full_named(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        tasks = [_task(name, path, labelled, table, cache, config) for name, path in files.items() if name in labelled]
         outcomes = _run(tasks, config.jobs or min(4, os.cpu_count() or 1))
         entries = others | unlabelled | {task.name: outcome for task, outcome in zip(tasks, outcomes, strict=True)}
         manifest = _manifest(config, entries, class_names)
@@ -382,7 +382,7 @@ def _subject(task: FileTask, from_file: str) -> tuple[str, str]:
         return task.subject, "labels or --subject-pattern"
     if from_file:
         return from_file, "path (BIDS)"
-    return Path(task.name).stem, "file name (every file its own subject)"
+    return Path(task.name).with_suffix("").as_posix(), "file name (every file its own subject)"
 
 
 def _write_windows(path: Path, windows: Windows, montage: Montage) -> None:
@@ -456,7 +456,7 @@ def _completed(tasks: Sequence[FileTask], jobs: int) -> Iterator[tuple[int, dict
             yield futures[future], future.result()
     except BrokenProcessPool:
         raise ValueError(
-            "a worker process was killed, most likely for lack of memory: run again with --jobs 1 (finished files are kept)"
+            "a worker process was killed, probably for lack of memory: run again with --jobs 1; finished files are kept"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

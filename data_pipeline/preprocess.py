@@ -29,7 +29,7 @@ from data_pipeline.montages import (
 )
 from data_pipeline.recording import Recording
 
-FLAT_UV = 0.01  # a channel whose standard deviation is below is disconnected or the reference itself
+FLAT_UV = 0.01  # standard deviation of a channel that is disconnected, or is the reference itself
 PLAUSIBLE_UV = (0.5, 500.0)  # robust amplitude of scalp EEG after the high-pass, generous at both ends
 _TYPICAL_UV = 15.0
 _FILTER_CYCLES = 3.3  # length of a Hamming FIR in units of 1 / transition width
@@ -159,12 +159,12 @@ def _why_dropped(name: str, row: int, recording: Recording, needed: set[str]) ->
 def _nothing_left(recording: Recording, dropped: dict[str, str]) -> str:
     shown = ", ".join(list(dropped)[:8]) + (", ..." if len(dropped) > 8 else "")
     sentence = (
-        f"no channel with a known electrode name or a position among its {len(dropped)} candidates ({shown}): "
+        f"no channel has a known electrode name or a position in the file ({len(dropped)} left out: {shown}): "
         "give names with --rename LABEL=NAME"
     )
-    amplitude = _robust_amplitude(recording.signal_uv)
+    amplitude = _robust_amplitude(band_pass(fill_gaps(recording), 1.0, None).signal_uv)
     if not PLAUSIBLE_UV[0] <= amplitude <= PLAUSIBLE_UV[1]:
-        sentence += f"; its robust amplitude of {amplitude:.3g} uV before filtering is not that of EEG either"
+        sentence += f"; nor is their robust amplitude of {amplitude:.3g} uV above 1 Hz that of EEG"
     return sentence
 
 
@@ -193,13 +193,14 @@ def fill_gaps(recording: Recording) -> Recording:
 
 
 def drop_flat(recording: Recording) -> Recording:
-    """Leave out channels that are flat over the whole recording. Raises ValueError when all are."""
-    flat = recording.signal_uv.std(axis=1) < FLAT_UV
+    """Leave out channels that are flat over the whole recording. Raises ValueError when all are.
+
+    Flat also means far below the other channels, so that a file in a wrong unit fails the check of units instead.
+    """
+    deviation = recording.signal_uv.std(axis=1)
+    flat = (deviation < FLAT_UV) & (deviation <= 1e-3 * deviation.max())
     if flat.all():
-        raise ValueError(
-            f"every channel is flat (standard deviation below {FLAT_UV} uV): no electrode was connected, or the values "
-            "are in volts (try --scale 1e6)"
-        )
+        raise ValueError("every channel is constant: no electrode was connected, or the signal is missing")
     dropped = {recording.ch_names[i]: "flat over the whole recording" for i in np.flatnonzero(flat)}
     return recording.pick(np.flatnonzero(~flat).tolist(), dropped=dropped) if dropped else recording
 

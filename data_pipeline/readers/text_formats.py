@@ -19,7 +19,7 @@ from data_pipeline.recording import Annotation, Recording
 _EMOTIV = ("AF3", "F7", "F3", "FC5", "T7", "P7", "O1", "O2", "P8", "T8", "FC6", "F4", "F8", "AF4")
 _EMOTIV_SFREQ = 128.0
 _TIME_COLUMN = re.compile(
-    r"^(time ?stamps?|time|t|seconds|sec|s)\b[ _]*[\[(]?(s|sec|seconds|ms|us)?[\])]?$", re.IGNORECASE
+    r"^(time ?stamps?|time|t|seconds|sec|s)[ _]*[\[(]?(s|sec|seconds|ms|us)?[\])]?$", re.IGNORECASE
 )
 _LABEL_COLUMN = re.compile(
     r"^(class|label|labels|event|events|marker|markers|target|eyedetection|stage)$", re.IGNORECASE

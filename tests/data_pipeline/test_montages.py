@@ -115,7 +115,7 @@ def test_bipolar_signal_is_first_minus_second_and_takes_recorded_pairs():
     signal = np.array([[1.0, 2.0], [10.0, 20.0], [7.0, 7.0]])
     found = montages.bipolar_signal(signal, ["F7", "T7", "CZ-C4"], ["F7-T3", "CZ-C4"])
     np.testing.assert_array_equal(found, [[-9.0, -18.0], [7.0, 7.0]])
-    with pytest.raises(ValueError, match="T5, O1"):
+    with pytest.raises(ValueError, match="derivable: T5-O1"):
         montages.bipolar_signal(signal, ["F7", "T7", "C3"], ["F7-T3", "T5-O1"])
 
 
