@@ -150,7 +150,7 @@ def _draw_subject(rng: np.random.Generator, effect: float) -> _Subject:
         theta_uv={"rest": theta, "task": float(theta * np.exp(rise))},
         blinks_per_s=around(0.2, 0.4),
         bursts_per_s=around(0.05, 0.5),
-        line_uv=around(2.0, 0.5),
+        line_uv=around(3.0, 0.3),
         drift_uv=around(12.0, 0.3),
     )
 
@@ -178,9 +178,9 @@ def _colored(channels: int, n: int, sfreq: int, slope: float, rng: np.random.Gen
 
 
 def _shared_over_scalp(noise: np.ndarray, xyz: np.ndarray) -> np.ndarray:
-    """Mix independent rows so that two channels correlate as exp(-(distance / 6 cm)^2), plus a part of their own."""
+    """Mix independent rows so that two channels correlate as exp(-(distance / 10 cm)^2), plus a part of their own."""
     distance = np.linalg.norm(xyz[:, None] - xyz[None], axis=-1)
-    covariance = 0.9 * np.exp(-((distance / 0.06) ** 2)) + 0.1 * np.eye(len(xyz))
+    covariance = 0.9 * np.exp(-((distance / 0.10) ** 2)) + 0.1 * np.eye(len(xyz))
     return np.linalg.cholesky(covariance) @ noise
 
 
