@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import grain
 import numpy as np
@@ -100,19 +100,12 @@ def make_dataset(
     Raises ValueError when nothing is left, a window length is not a multiple of the patch size, stores differ in
     sampling rate, a bucket has too few windows for one batch, or the hosts do not divide the batch.
     """
-    single = not isinstance(stores, Sequence)
-    stores = [stores] if single else list(stores)
-    if rows is None:
-        rows = [np.arange(len(store)) for store in stores]
-    elif single:
-        rows = [rows]
-    if len(rows) != len(stores):
-        raise ValueError(f"loader: {len(stores)} stores need as many arrays of rows, found {len(rows)}")
+    own_stores, own_rows = _paired(stores, rows)
     if config.batch_size % host_count or not 0 <= host_index < host_count:
         raise ValueError(f"loader: batch size {config.batch_size} cannot be divided over {host_count} hosts "
                          f"(this is host {host_index})")  # fmt: skip
-    windows = _Windows(stores)
-    ids = windows.ids_of(rows)
+    windows = _Windows(own_stores)
+    ids = windows.ids_of(own_rows)
     return Batches(windows, _make_buckets(windows, ids, config), config, host_index, host_count)
 
 
@@ -161,7 +154,9 @@ class Batches:
         """The batch of `step` (0-based, any epoch). Raises IndexError for a negative step."""
         if step < 0:
             raise IndexError(f"step {step} is negative")
-        return self._dataset[int(step)]
+        batch = self._dataset[int(step)]
+        assert batch is not None, "nothing filters the stream"
+        return batch
 
     def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[dict[str, np.ndarray]]:
         """`batch(start_step), batch(start_step + 1), ...` read ahead by threads; endless without `stop_step`."""
@@ -182,7 +177,7 @@ class Batches:
         local = size // host_count
         # Grain's per-epoch seeds are consecutive: without mixing, bucket 1 in epoch 0 would repeat bucket 0 in epoch 1
         seed = int(np.random.SeedSequence((config.seed, number)).generate_state(1)[0])
-        epoch = grain.MapDataset.source(bucket.ids).seed(seed)
+        epoch = grain.MapDataset.source(cast(Sequence, bucket.ids)).seed(seed)  # an array reads like a sequence
         if config.shuffle:
             epoch = epoch.shuffle()
         steps = bucket.steps(config)
@@ -212,20 +207,20 @@ class Batches:
             batch["label"] = self._windows.labels_of(ids)
         if self.config.channel_dropout or self.config.noise_uv:
             for row in np.flatnonzero(real):
-                _augment(batch, row, self.config, np.random.default_rng(seeds[row]))
+                _augment(batch, int(row), self.config, np.random.default_rng(seeds[row]))
         return batch
 
     def _fill(self, batch: dict, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Write the windows `ids[rows]` into `rows` of the batch; returns (b,) bool, False where unusable."""
         usable = np.ones(len(ids), dtype=bool)
         for where, signal, montage in self._windows.read(ids, rows):
-            finite = np.isfinite(signal).all(axis=(1, 2))
+            finite = np.all(np.isfinite(signal), axis=(1, 2))
             good = finite & ~_is_flat(signal) if self.config.shuffle else finite
             usable[where] = good
             self._bad.update(ids[where[~good]].tolist())
             _, channels, samples = signal.shape
             self._describe(batch, where, montage, samples)
-            batch["signal"][where, :channels, :samples] = np.where(finite[:, None, None], signal, 0.0)
+            batch["signal"][where, :channels, :samples] = np.where(finite.reshape(-1, 1, 1), signal, 0.0)
         return usable
 
     def _describe(self, batch: dict, where: np.ndarray, montage: Montage, samples: int) -> None:
@@ -244,13 +239,26 @@ class Batches:
         draws = np.random.default_rng((self.config.seed, bad_id)).integers(len(bucket.ids), size=_REPLACEMENT_TRIES)
         for candidate in bucket.ids[draws]:
             ((_, signal, _),) = self._windows.read(np.array([candidate]), np.array([0]))
-            if np.isfinite(signal).all() and not _is_flat(signal)[0]:
+            if np.isfinite(signal).all() and not _is_flat(signal).any():
                 return int(candidate)
         store, row = self._windows.locate(bad_id)
         raise ValueError(
             f"window {row} of {self._windows.name(store)} is flat or not finite, and so are {_REPLACEMENT_TRIES} "
             f"others drawn to replace it: the recordings hold no usable signal"
         )
+
+
+def _paired(
+    stores: WindowStore | Sequence[WindowStore], rows: np.ndarray | Sequence[np.ndarray] | None
+) -> tuple[list[WindowStore], list[np.ndarray]]:
+    single = not isinstance(stores, Sequence)
+    stores = [stores] if single else list(stores)
+    if rows is None:
+        return stores, [np.arange(len(store)) for store in stores]
+    own = [np.asarray(rows)] if single else [np.asarray(part) for part in rows]
+    if len(own) != len(stores):
+        raise ValueError(f"loader: {len(stores)} stores need as many arrays of rows, found {len(own)}")
+    return stores, own
 
 
 class _Windows:
@@ -317,15 +325,17 @@ class _Windows:
 
 
 def _joined_labels(stores: Sequence[WindowStore]) -> tuple[np.ndarray, str | None]:
-    bare = [str(getattr(s, "path", i)) for i, s in enumerate(stores) if s.labels is None]
-    if bare:
-        return np.zeros(0, np.int32), f"{bare[0]} has no labels"
-    if len({(s.labels.dtype.kind, s.labels.shape[1:]) for s in stores}) > 1:
-        return np.zeros(0, np.int32), "the stores have labels of different kinds"
+    labels = [s.labels for s in stores if s.labels is not None]
+    nothing = np.zeros(0, np.int32)
+    if len(labels) < len(stores):
+        bare = next(i for i, s in enumerate(stores) if s.labels is None)
+        return nothing, f"{getattr(stores[bare], 'path', f'store {bare}')} has no labels"
+    if len({(own.dtype.kind, own.shape[1:]) for own in labels}) > 1:
+        return nothing, "the stores have labels of different kinds"
     if len({tuple(s.class_names or ()) for s in stores}) > 1:
-        return np.zeros(0, np.int32), "the stores name different classes"
-    labels = np.concatenate([s.labels for s in stores])
-    return labels.astype(np.int32 if labels.dtype.kind in "iub" else np.float32), None
+        return nothing, "the stores name different classes"
+    joined = np.concatenate(labels)
+    return joined.astype(np.int32 if joined.dtype.kind in "iub" else np.float32), None
 
 
 @dataclass(frozen=True)
@@ -423,7 +433,7 @@ def _empty_batch(size: int, bucket: _Bucket, patch_size: int) -> dict[str, np.nd
 
 def _is_flat(signal: np.ndarray) -> np.ndarray:
     """(m,C,T) -> (m,) bool: every channel is constant over the window."""
-    return (signal == signal[:, :, :1]).all(axis=(1, 2))
+    return np.all(signal == signal[:, :, :1], axis=(1, 2))
 
 
 def _augment(batch: dict[str, np.ndarray], row: int, config: LoaderConfig, rng: np.random.Generator) -> None:

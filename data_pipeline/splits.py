@@ -110,7 +110,8 @@ def split_by_lists(
         raise ValueError(f"subjects {', '.join(absent)} of the split have no windows in this store")
     if not lists["train"]:
         raise ValueError("the split has no training subject")
-    return Split(**{name: _rows_of(subjects, ids) for name, ids in lists.items()}, subjects=lists)
+    train_rows, val_rows, test_rows = (_rows_of(subjects, lists[part]) for part in _PARTS)
+    return Split(train_rows, val_rows, test_rows, subjects=lists)
 
 
 def split_random_windows(subjects: np.ndarray, *, val_fraction: float = 0.2, seed: int = 0) -> Split:

@@ -246,7 +246,9 @@ def _ecg(n: int, sfreq: int, rng: np.random.Generator) -> np.ndarray:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.synthetic", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.synthetic", description="Write synthetic EEG recordings as EDF files."
+    )
     parser.add_argument("out_dir", type=Path, help="folder for the EDF files and labels.csv")
     parser.add_argument("--subjects", type=int, default=10)
     parser.add_argument("--seconds", type=int, default=50, help="of each of the two conditions")
