@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -147,7 +148,8 @@ class PrepareConfig:
 
     def annotation_classes(self) -> dict[str, str]:
         """Annotation description -> class name; a description may hold `=` when a class is given after the last one."""
-        return dict(item.rsplit("=", 1) if "=" in item else (item, item) for item in self.annotations)
+        split = [item.rpartition("=") if "=" in item else (item, "=", item) for item in self.annotations]
+        return {description: name for description, _, name in split}
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,8 @@ def prepare(config: PrepareConfig) -> dict:
         if not any(entry.get("windows") for entry in entries.values()):
             shutil.rmtree(cache, ignore_errors=True)
             raise ValueError(_nothing_usable(entries, config))
-        _write_store(config, tasks, outcomes, class_names)
-        _write_json(_manifest_path(config.out), manifest)
+        with _json_beside(_manifest_path(config.out), manifest):
+            _write_store(config, tasks, outcomes, class_names)
         shutil.rmtree(cache, ignore_errors=True)
     return manifest
 
@@ -316,7 +318,8 @@ def process_file(task: FileTask) -> dict:
         return json.loads(cached.with_suffix(".json").read_text()) | {"cached": str(cached)}
     entry, lasting = _outcome(task, cached.with_suffix(".npz"))
     if lasting:
-        _write_json(cached.with_suffix(".json"), entry | {"sha256": digest})
+        with _json_beside(cached.with_suffix(".json"), entry | {"sha256": digest}):
+            pass
     return entry | {"sha256": digest, "cached": str(cached)}
 
 
@@ -449,7 +452,12 @@ def _completed(tasks: Sequence[FileTask], jobs: int) -> Iterator[tuple[int, dict
             yield index, process_file(task)
         return
     # spawn: a forked child may inherit locks held by threads of the parent
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=signal.signal,  # Ctrl-C stops the parent; files in work are finished, and kept
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
     try:
         futures = {pool.submit(process_file, task): i for i, task in enumerate(tasks)}
         for future in concurrent.futures.as_completed(futures):
@@ -528,10 +536,13 @@ def _manifest_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.manifest.json")
 
 
-def _write_json(path: Path, content: dict) -> None:
+@contextlib.contextmanager
+def _json_beside(path: Path, content: dict) -> Iterator[None]:
+    """Write JSON under a temporary name, and give it its name only when the block has ended well."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_text(json.dumps(content, indent=1))
+        yield
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -256,7 +256,12 @@ def resample(recording: Recording, sfreq: float) -> Recording:
     signal = recording.signal_uv.astype(np.float64)
     with _warnings_off():
         signal = mne.filter.resample(
-            signal, up=sfreq, down=recording.sfreq, npad="auto", pad="reflect_limited", verbose="ERROR"
+            signal,
+            up=sfreq,
+            down=recording.sfreq,
+            npad="auto",  # pyright: ignore[reportArgumentType]  (MNE documents it, its stub does not)
+            pad="reflect_limited",
+            verbose="ERROR",
         )
     return dataclasses.replace(recording, signal_uv=signal, sfreq=float(sfreq))
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -210,7 +211,7 @@ class WindowStore:
             with self._readable():
                 file = self._open()
                 self.attributes = {key: _decoded(value) for key, value in file.attrs.items()}
-                self._groups = [name for name in file if name != "index_map"]
+                self._groups = [str(name) for name in file if name != "index_map"]
                 self._check_structure(file)
                 self._read_settings(montage, unit, sfreq)
                 self._read_index(file)
@@ -242,7 +243,7 @@ class WindowStore:
             file = self._open()
             for group in np.unique(self._group_of[rows]):
                 where = np.flatnonzero(self._group_of[rows] == group)
-                out[where] = self._read_group(file[self._groups[group]]["X"], self._row_of[rows[where]])
+                out[where] = self._read_group(_dataset(file, self._groups[group], "X"), self._row_of[rows[where]])
         return self._cleaned(out)
 
     def close(self) -> None:
@@ -279,9 +280,9 @@ class WindowStore:
         for name in self._groups:
             block = file[name]
             data = block.get("X") if isinstance(block, h5py.Group) else None
-            if data is None or data.ndim != 3:
+            if not isinstance(data, h5py.Dataset) or data.ndim != 3:
                 raise ValueError(f"{self.path}: group {name!r} has no dataset X of shape (n, channels, samples)")
-        lengths = sorted({file[name]["X"].shape[2] for name in self._groups})
+        lengths = sorted({_dataset(file, name, "X").shape[2] for name in self._groups})
         if len(lengths) > 1:
             raise ValueError(f"{self.path} mixes windows of {lengths} samples: one store holds one window length")
         self.n_times = int(lengths[0])
@@ -303,7 +304,7 @@ class WindowStore:
         if unit not in _TO_MICROVOLTS:
             raise ValueError(f"{self.path}: unknown unit {unit!r}, expected one of {', '.join(_TO_MICROVOLTS)}")
         self._scale = _TO_MICROVOLTS[unit]
-        self.sfreq = float(sfreq)
+        self.sfreq = float(sfreq or 0.0)
         names = attributes.get("class_names")
         self.class_names: list[str] | None = None if names is None else list(json.loads(names))
         self.montages = self._stored_montages()
@@ -318,20 +319,19 @@ class WindowStore:
         return {montage.name: montage}
 
     def _read_index(self, file: h5py.File) -> None:
-        blocks = [file[name] for name in self._groups]
-        counts = [len(block["X"]) for block in blocks]
-        self._group_of = np.repeat(np.arange(len(blocks)), counts)
+        shapes = [_dataset(file, name, "X").shape for name in self._groups]
+        counts = [shape[0] for shape in shapes]
+        self._group_of = np.repeat(np.arange(len(counts)), counts)
         self._row_of = np.concatenate([np.arange(n) for n in counts])
         only = next(iter(self.montages)) if len(self.montages) == 1 else None
 
         def per_window(values: list) -> np.ndarray:
             return np.repeat(np.array([str(v) for v in values], dtype=str), counts)
 
-        attrs = [{key: _decoded(value) for key, value in block.attrs.items()} for block in blocks]
+        attrs = [{key: _decoded(value) for key, value in file[name].attrs.items()} for name in self._groups]
         named = list(zip(self._groups, attrs, strict=True))
         montage_names = [only or str(a.get("montage", "")) for a in attrs]
-        for name, block, montage in zip(self._groups, blocks, montage_names, strict=True):
-            channels = block["X"].shape[1]
+        for name, (_, channels, _), montage in zip(self._groups, shapes, montage_names, strict=True):
             if montage not in self.montages or channels != len(self.montages[montage]):
                 raise ValueError(
                     f"{self.path}: group {name!r} has {channels} channels, which montage {montage!r} does not describe"
@@ -340,22 +340,21 @@ class WindowStore:
         self.recordings = per_window([a.get("recording_id", name) for name, a in named])
         self.montage_names = per_window(montage_names)
         starts = [
-            block["start_sample"][:] if "start_sample" in block else np.full(n, -1)
-            for block, n in zip(blocks, counts, strict=True)
+            _dataset(file, name, "start_sample")[:] if f"{name}/start_sample" in file else np.full(n, -1)
+            for name, n in zip(self._groups, counts, strict=True)
         ]
         self.start_samples = np.concatenate(starts).astype(np.int64)
-        self.labels = self._read_labels(blocks)
+        self.labels = self._read_labels(file)
 
-    def _read_labels(self, blocks: list[h5py.Group]) -> np.ndarray | None:
-        labelled = ["y" in block for block in blocks]
-        if not any(labelled):
+    def _read_labels(self, file: h5py.File) -> np.ndarray | None:
+        bare = [name for name in self._groups if f"{name}/y" not in file]
+        if len(bare) == len(self._groups):
             return None
-        if not all(labelled):
-            bare = [name for name, ok in zip(self._groups, labelled, strict=True) if not ok]
+        if bare:
             raise ValueError(
                 f"{self.path}: {len(bare)} groups have no labels (the first: {bare[0]!r}), the others have"
             )
-        labels = np.concatenate([block["y"][:] for block in blocks])
+        labels = np.concatenate([_dataset(file, name, "y")[:] for name in self._groups])
         if np.issubdtype(labels.dtype, np.integer):
             return labels.astype(np.int32)
         return labels.astype(np.float32).reshape(len(labels), -1)
@@ -365,7 +364,7 @@ class WindowStore:
             raise ValueError(f"layout must be 'auto', 'nct' or 'scrambled', found {layout!r}")
         if layout != "auto" or "window_layout" in self.attributes:
             return layout == "scrambled"
-        return any(looks_scrambled(file[name]["X"]) for name in self._groups[:3])
+        return any(looks_scrambled(_dataset(file, name, "X")) for name in self._groups[:3])
 
     def _read_group(self, data: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
         if self._scrambled:
@@ -406,7 +405,14 @@ def looks_scrambled(data: h5py.Dataset | np.ndarray) -> bool:
     return bool(within < 0.5 * across)
 
 
-def _decoded(value: object) -> object:
+def _dataset(file: h5py.File, group: str, name: str) -> h5py.Dataset:
+    found = file[f"{group}/{name}"]
+    if not isinstance(found, h5py.Dataset):
+        raise ValueError(f"{file.filename}: {group}/{name} is not a dataset")
+    return found
+
+
+def _decoded(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, np.ndarray):

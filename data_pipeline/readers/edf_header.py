@@ -32,16 +32,16 @@ def read_edf_header(path: Path) -> EdfHeader:
     with path.open("rb") as file:
         head = file.read(256)
         width = _sample_bytes(head)
-        n_signals = _number(head[252:256], "number of signals")
+        n_signals = _integer(head[252:256], "number of signals")
         block = file.read(256 * n_signals)
         if len(block) < 256 * n_signals:
             raise ValueError(f"truncated: the header of {n_signals} signals ends after {size} bytes")
         labels = [_text(block[i * 16 : (i + 1) * 16]) for i in range(n_signals)]
         dimensions = [_text(block[n_signals * 96 + i * 8 :][:8]) for i in range(n_signals)]
         _refuse_text_copy(file.read(1 << 20), head + block)
-        counts = [_number(block[n_signals * 216 + i * 8 :][:8], "samples per record") for i in range(n_signals)]
-        declared = _number(head[236:244], "number of records")
-        seconds = float(_number(head[244:252], "record duration", kind=float))
+        counts = [_integer(block[n_signals * 216 + i * 8 :][:8], "samples per record") for i in range(n_signals)]
+        declared = _integer(head[236:244], "number of records")
+        seconds = _number(head[244:252], "record duration")
         record_bytes = width * sum(counts)
         present = (size - 256 * (n_signals + 1)) // record_bytes if record_bytes else 0
         annotation = [label in _ANNOTATION_LABELS for label in labels]
@@ -94,7 +94,7 @@ def _refuse_interruptions(path: Path, start: int, length: int, stride: int, n_re
     with path.open("rb") as file:
         for record in range(n_records):
             file.seek(start + record * stride)
-            onsets.append(float(_number(file.read(length).split(b"\x14", 1)[0], "record onset", kind=float)))
+            onsets.append(_number(file.read(length).split(b"\x14", 1)[0], "record onset"))
     gaps = np.flatnonzero(np.abs(np.diff(onsets) - seconds) > 1e-3)
     if len(gaps):
         raise ValueError(
@@ -107,8 +107,12 @@ def _text(raw: bytes) -> str:
     return raw.decode("latin-1").strip("\x00 ")
 
 
-def _number(raw: bytes, what: str, *, kind: type = int) -> int | float:
+def _integer(raw: bytes, what: str) -> int:
+    return int(_number(raw, what))
+
+
+def _number(raw: bytes, what: str) -> float:
     try:
-        return kind(float(_text(raw)))
+        return float(_text(raw))
     except ValueError:
         raise ValueError(f"damaged header: {what} is {_text(raw)!r}, not a number") from None

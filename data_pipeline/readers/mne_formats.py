@@ -111,7 +111,7 @@ def _from_raw(raw: "mne.io.BaseRaw", *, unit: str) -> Recording:
         )
     )
     return Recording(
-        signal_uv=raw.get_data(picks=eeg) * _VOLTS_TO_MICROVOLTS,
+        signal_uv=np.asarray(raw.get_data())[eeg] * _VOLTS_TO_MICROVOLTS,
         sfreq=float(raw.info["sfreq"]),
         ch_names=tuple(raw.ch_names[i] for i in eeg),
         annotations=annotations,

@@ -6,7 +6,6 @@ names one) and, for the headset whose export carries no time, the rate.
 
 import csv
 import datetime as dt
-import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +124,7 @@ def _channel_columns(table: _Table) -> list[int]:
 
 def _rows(path: Path, table: _Table) -> list[list[str]]:
     text = path.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff")
-    lines = io.StringIO(text).read().splitlines()[table.first_row :]
+    lines = text.splitlines()[table.first_row :]
     rows = [_split(line, table.delimiter) for line in lines if line.strip() and not line.startswith("%")]
     width = len(table.columns)
     if rows and len(rows[-1]) < width:  # a log that was cut while writing ends in half a line
@@ -135,7 +134,9 @@ def _rows(path: Path, table: _Table) -> list[list[str]]:
 
 def _names_and_units(columns: list[str]) -> tuple[list[str], list[float], str]:
     """Channel names, factors to microvolts, and the unit as text."""
-    names, factors, units = [], [], []
+    names: list[str] = []
+    factors: list[float] = []
+    units: list[str] = []
     for column in columns:
         match = _UNIT_IN_NAME.match(column)
         unit = match[2].replace("\u00b5", "u").replace("\u03bc", "u") if match else ""

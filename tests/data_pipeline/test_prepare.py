@@ -1,4 +1,4 @@
-"""The whole job: folders of recordings to a window store, interrupted, resumed, and fed with every kind of bad input."""
+"""The whole job: folders of recordings to a window store, interrupted, resumed, and fed every kind of bad input."""
 
 import errno
 import json
