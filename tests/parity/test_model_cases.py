@@ -1,0 +1,132 @@
+"""Every stage of every stored LuMamba run, and that the comparison can fail."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from convert_torch_weights import main
+from lumamba_jax.parity import CHECKED_FAMILIES, check_case, read_manifest
+
+COMMITTED = Path(__file__).parent / "golden"
+CASES = {case.name: case for case in read_manifest(COMMITTED) if case.family in CHECKED_FAMILIES}
+SLOWER_IN_FLOAT32 = ("lumamba_micro_pretrain__mixed_locations", "lumamba_micro_pretrain__t40")
+
+
+def _assert_all_pass(checks):
+    assert checks
+    failed = [
+        f"{c.stage}: error {c.max_error:.2e}, tolerance {c.tolerance:.2e} {c.problem}" for c in checks if not c.passed
+    ]
+    assert not failed, "\n".join([checks[0].case, *failed])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in SLOWER_IN_FLOAT32])
+def test_float32_stays_within_the_reference_noise(name):
+    _assert_all_pass(check_case(CASES[name]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float64_equals_the_reference(name):
+    _assert_all_pass(check_case(CASES[name], x64=True))
+
+
+def test_committed_cases_cover_heads_strategies_channel_counts_and_masks():
+    models = [case for case in CASES.values() if case.family == "lumamba"]
+    configs = [case.convert().config for case in models]
+    assert {config.head for config in configs} == {"reconstruction", "attention", "linear", "mamba"}
+    assert {config.bidirectional for config in configs} == {"add", "ew_multiply", "none"}
+    assert {case.data()["in/x"].shape[1] for case in models} == {1, 16, 22, 26}
+    assert {"in/mask" in case.data() for case in models} == {True, False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
+def test_every_case_of_the_full_set(golden_dir, x64):
+    for case in read_manifest(golden_dir):
+        if case.family in CHECKED_FAMILIES:
+            _assert_all_pass(check_case(case, x64=x64))
+
+
+@pytest.fixture
+def parity_folder(tmp_path):
+    """A writable parity folder with one small case, in the published layout."""
+    case = CASES["lumamba_micro_pretrain__t40"]
+    tensors = case.tensors()
+    save_file(tensors, tmp_path / "state.safetensors")
+    save_file(case.data(), tmp_path / "case.safetensors")
+    entry = {
+        "name": "mine",
+        "family": "lumamba",
+        "config": dict(case.config),
+        "state_files": ["state.safetensors"],
+        "data_file": "case.safetensors",
+        "noise_floor_f32_vs_f64": {stage: {"max_abs_err": floor} for stage, floor in case.noise_floor.items()},
+    }
+    other = entry | {"name": "other", "family": "luna"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "cases": [entry, other]}))
+    return tmp_path, tensors
+
+
+def test_check_passes_and_counts_what_is_not_lumamba(parity_folder, capsys):
+    folder, _ = parity_folder
+    assert main(["--check", str(folder / "manifest.json"), "--x64"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 1 cases pass in float64" in out
+    assert "not LuMamba, not checked: 1 luna" in out
+    assert "recon " in out
+
+
+def test_a_small_change_of_one_weight_fails_with_status_1(parity_folder, capsys):
+    folder, tensors = parity_folder
+    changed = dict(tensors)
+    changed["decoder_head.norm.bias"] = changed["decoder_head.norm.bias"] + np.float32(1e-4)
+    save_file(changed, folder / "state.safetensors")
+    assert main(["--check", str(folder / "manifest.json")]) == 1
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.endswith(("pass", "FAIL"))}
+    assert rows["decoder.transformer_out"].endswith("pass")  # upstream of the change
+    assert rows["recon"].endswith("FAIL")  # downstream of it
+
+
+def test_weights_that_do_not_convert_fail_the_case(parity_folder, capsys):
+    folder, tensors = parity_folder
+    save_file({name: t for name, t in tensors.items() if name != "norm_layers.1.bias"}, folder / "state.safetensors")
+    assert main(["--check", str(folder / "manifest.json")]) == 1
+    assert "missing     norm_layers.1.bias" in capsys.readouterr().out
+
+
+def test_a_stage_we_do_not_have_fails_and_nan_never_passes():
+    case = CASES["scan_L1"]
+    data = case.data()
+    data["f64/unheard_of"] = np.zeros(3)
+    data["f64/out"] = np.full_like(data["f64/out"], np.nan)
+
+    class Altered(type(case)):
+        def data(self):
+            return data
+
+    altered = Altered(**{field.name: getattr(case, field.name) for field in dataclasses.fields(case)})
+    checks = {check.stage: check for check in check_case(altered, x64=True)}
+    assert checks["last_state"].passed
+    assert not checks["out"].passed
+    assert checks["unheard_of"].problem == "our model has no such stage"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--check", "nowhere.json"], "no such manifest"),
+        (["--check", str(COMMITTED), "--case", "scan_l31"], "closest: scan_L31"),
+        (["--check", str(COMMITTED), "--case", "train5_pretrain_adamw"], "nothing to check"),
+        (["--check", __file__], "is not a parity manifest"),
+        ([], "give WEIGHTS"),
+    ],
+)
+def test_bad_requests_get_one_sentence_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
