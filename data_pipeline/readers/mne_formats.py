@@ -92,7 +92,9 @@ def _through_mne(
                 f"epoched: the file holds {trials[1]} separate trials, only continuous recordings can be windowed"
             ) from error
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ValueError(f"MNE cannot read it ({type(error).__name__}: {first_line})") from error
+        raise ValueError(
+            f"damaged, or not what its suffix says: MNE cannot read it ({type(error).__name__}: {first_line})"
+        ) from error
 
 
 def _from_raw(raw: "mne.io.BaseRaw", *, unit: str) -> Recording:

@@ -217,3 +217,13 @@ def test_files_that_are_no_recordings_are_told_what_they_are(tmp_path):
     }.items():
         (tmp_path / name).write_text("something")
         assert words in why_not_a_recording(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".fif", ".set", ".vhdr", ".bdf"])
+@pytest.mark.parametrize("content", [b"", bytes(range(256)) * 20])
+def test_rubbish_with_a_known_suffix_is_one_sentence(tmp_path, suffix, content):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^x\.[a-z]+: (damaged|truncated|not an EDF)") as caught:
+        read_recording(path)
+    assert "\n" not in str(caught.value)
