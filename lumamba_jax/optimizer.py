@@ -3,7 +3,7 @@
 Update rules and clipping are those of PyTorch, so that a published recipe means here what it meant there. Where the
 published code deviates from what was documented or from what is sensible, the choice has a name: `recipe`.
 
-The path of a parameter is its place in the tree, as in `blocks/0/mamba/forward/A_log` or `head/out/kernel`.
+The path of a parameter is its place in the tree, as in `blocks/0/mamba/fwd/A_log` or `head/mlp/fc1/kernel`.
 """
 
 import dataclasses

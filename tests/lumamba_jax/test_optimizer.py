@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from lumamba_jax import optimizer
 from lumamba_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
-RTOL = 1e-12  # of every schedule value in float64; measured 4e-16
+RTOL = 1e-12  # of every schedule value in float64; measured 3e-14
 
 
 def _schedule_cases(golden_dir, kind):
