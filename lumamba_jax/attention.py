@@ -56,9 +56,7 @@ class MultiHeadAttention(nnx.Module):
             logits = jnp.where(key_mask[..., None, None, :], logits, jnp.finfo(softmax_dtype).min)
         probabilities = jax.nn.softmax(logits, axis=-1)  # (.., H, L, K)
         scores = probabilities.mean(axis=-3)
-        attended = jnp.einsum(
-            "...hlk,...khd->...lhd", dropout(probabilities, self.dropout, rngs).astype(v.dtype), v
-        )
+        attended = jnp.einsum("...hlk,...khd->...lhd", dropout(probabilities, self.dropout, rngs).astype(v.dtype), v)
         return self.out_proj(attended.reshape(*attended.shape[:-2], width)), scores
 
     def _project(self, query: Array, key: Array | None, value: Array | None) -> tuple[Array, Array, Array]:
@@ -80,7 +78,15 @@ class TransformerLayer(nnx.Module):
     """Pre-norm layer: self-attention, optional cross-attention to a memory, feed-forward of 4E with GELU."""
 
     def __init__(
-        self, width: int, num_heads: int, *, mlp_ratio: float, cross: bool, dropout: float, dtypes: Dtypes, rngs: nnx.Rngs
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        cross: bool,
+        dropout: float,
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
     ):
         hidden = int(mlp_ratio * width)
         self.dropout = dropout

@@ -68,18 +68,14 @@ class ReconstructionHead(nnx.Module):
         normed = self.norm(decoded)
         samples = self.mlp(normed)  # (B, S, C, P)
         if stages is not None:
-            stages.update(
-                {"decoder_queries": queries, "decoder.transformer_out": decoded, "decoder.norm": normed}
-            )
+            stages.update({"decoder_queries": queries, "decoder.transformer_out": decoded, "decoder.norm": normed})
         return samples.transpose(0, 2, 1, 3).reshape(batch, channels, -1)
 
 
 class AttentionClassifier(nnx.Module):
     """One learned query attends over the patches, then an MLP of 4M (LUNA's classifier)."""
 
-    def __init__(
-        self, width: int, num_heads: int, num_outputs: int, *, dropout: float, dtypes: Dtypes, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, num_heads: int, num_outputs: int, *, dropout: float, dtypes: Dtypes, rngs: nnx.Rngs):
         self.dtypes = dtypes
         truncated = nnx.initializers.truncated_normal(stddev=0.02, lower=-1.0, upper=1.0)
         self.query = nnx.Param(truncated(rngs.params(), (width,), dtypes.params))
@@ -141,9 +137,7 @@ class MambaClassifier(nnx.Module):
         hidden = self.mamba(gelu(projected), valid=patch_mask)
         pooled = masked_mean(hidden, patch_mask)
         if stages is not None:
-            stages.update(
-                {"classifier.fc1": projected, "classifier.mamba_1": hidden, "classifier.pooled": pooled}
-            )
+            stages.update({"classifier.fc1": projected, "classifier.mamba_1": hidden, "classifier.pooled": pooled})
         return self.fc3(pooled).reshape(-1, *self.output_shape)
 
 

@@ -34,7 +34,9 @@ class Dtypes:
         if compute_dtype not in ("float32", "bfloat16", "float64"):
             raise ValueError(f"compute_dtype {compute_dtype!r} is unknown: choose float32, bfloat16 or float64")
         if compute_dtype == "float64" and not jax.config.jax_enable_x64:
-            raise ValueError("compute_dtype 'float64' needs JAX's x64 mode: set jax_enable_x64 before building the model")
+            raise ValueError(
+                "compute_dtype 'float64' needs JAX's x64 mode: set jax_enable_x64 before building the model"
+            )
         params = jnp.float64 if compute_dtype == "float64" else jnp.float32
         return cls(jnp.dtype(compute_dtype), jnp.dtype(params))
 
@@ -145,6 +147,7 @@ class Mlp(nnx.Module):
         self.pairwise = pairwise
 
     def __call__(self, x: Float[Array, "... I"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "... O"]:
+        """Apply to the last axis; dropout only with `rngs`."""
         x = dropout(gelu(self._apply(self.fc1, x)), self.dropout, rngs)
         if self.norm is not None:
             x = self.norm(x)

@@ -1,8 +1,8 @@
 """LuMamba: tokens -> channel unification -> bidirectional Mamba over time -> head (arXiv 2603.19100).
 
-    x <- tokens(signal, positions)            (B, S, C, E)
-    x <- unify(x)                             (B, S, M),  M = Q*E, feature q*E + e
-    x <- x + BiMamba_i(LayerNorm_i(x))        i < num_blocks, no final norm
+x <- tokens(signal, positions)            (B, S, C, E)
+x <- unify(x)                             (B, S, M),  M = Q*E, feature q*E + e
+x <- x + BiMamba_i(LayerNorm_i(x))        i < num_blocks, no final norm
 """
 
 import dataclasses
@@ -71,13 +71,24 @@ class LuMambaConfig:
     scan_implementation: ScanImplementation = "auto"
 
     def __post_init__(self):
-        for name in ("patch_size", "num_queries", "embed_dim", "num_heads", "num_blocks", "expand", "d_state", "d_conv"):
+        for name in (
+            "patch_size",
+            "num_queries",
+            "embed_dim",
+            "num_heads",
+            "num_blocks",
+            "expand",
+            "d_state",
+            "d_conv",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model config: {name} must be at least 1, not {getattr(self, name)}")
         if self.head not in get_args(Head):
             raise ValueError(f"model config: head {self.head!r} is unknown: choose one of {get_args(Head)}")
         if self.bidirectional not in get_args(Bidirectional):
-            raise ValueError(f"model config: bidirectional {self.bidirectional!r} is unknown: {get_args(Bidirectional)}")
+            raise ValueError(
+                f"model config: bidirectional {self.bidirectional!r} is unknown: {get_args(Bidirectional)}"
+            )
         if self.embed_dim % 16 or self.embed_dim % self.num_heads or self.patch_size % 4 or self.patch_size < 8:
             raise ValueError(
                 f"model config: embed_dim {self.embed_dim} must be a multiple of 16 and of num_heads {self.num_heads}, "
@@ -100,7 +111,7 @@ class LuMambaConfig:
 
 
 class EncoderOutput(NamedTuple):
-    """Latent `(B, S, M)`, head-averaged attention scores `(B, S, Q, C)`, position embedding per token `(B, S, C, E)`."""
+    """Latent `(B, S, M)`, head-averaged attention scores `(B, S, Q, C)`, position embeddings `(B, S, C, E)`."""
 
     latent: Array
     attention_scores: Array

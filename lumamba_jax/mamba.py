@@ -26,7 +26,7 @@ Stages = dict[str, Array]
 
 @dataclass(frozen=True)
 class MambaConfig:
-    """Sizes of one Mamba block of width `d_model`; rank `dt_rank` of the step-size projection: 0 = ceil(d_model / 16)."""
+    """Sizes of one Mamba block of width `d_model`; `dt_rank` 0 means ceil(d_model / 16)."""
 
     d_model: int
     d_state: int = 16

@@ -116,20 +116,12 @@ def _sequential(u, delta, A, B, C, h0, *, reverse: bool):  # A (N, D), h0 (B, N,
     def step(h, inputs):
         u_t, delta_t, B_t, C_t = inputs  # (B, D), (B, D), (B, N), (B, N)
         h = jnp.exp(delta_t[:, None, :] * A[None]) * h + (delta_t * u_t)[:, None, :] * B_t[:, :, None]
-        return h, _tree_sum(h, C_t)
+        # A dot: written as `(h * C).sum(1)` XLA's CPU backend makes it a strided scalar loop, several times slower.
+        return h, jnp.einsum("BND,BN->BD", h, C_t)
 
     time_major = tuple(x.swapaxes(0, 1) for x in (u, delta, B, C))
     h_last, y = jax.lax.scan(step, h0, time_major, reverse=reverse)
     return y.swapaxes(0, 1), h_last
-
-
-def _tree_sum(h: Float[Array, "B N D"], C_t: Float[Array, "B N"]) -> Float[Array, "B D"]:
-    # Written as slices and a tree of additions because XLA's CPU backend turns `(h * C).sum(1)` into a strided scalar
-    # loop once D is large: several times slower.
-    terms = [h[:, n] * C_t[:, n, None] for n in range(h.shape[1])]
-    while len(terms) > 1:
-        terms = [terms[i] + terms[i + 1] if i + 1 < len(terms) else terms[i] for i in range(0, len(terms), 2)]
-    return terms[0]
 
 
 def selective_scan_oracle(

@@ -92,8 +92,8 @@ class TimePath(nnx.Module):
         features = embed_dim // 4
         if embed_dim % 16 or patch_size % 4 or patch_size < 8 or first.out_width(patch_size) * features != embed_dim:
             raise ValueError(
-                f"embed_dim {embed_dim} and patch_size {patch_size} do not fit the patch convolutions: embed_dim must be a "
-                "multiple of 16 and patch_size a multiple of 4 (at least 8)"
+                f"embed_dim {embed_dim} and patch_size {patch_size} do not fit the patch convolutions: embed_dim must be "
+                "a multiple of 16 and patch_size a multiple of 4 (at least 8)"
             )
         later = ConvGeometry(kernel=3, stride=1, padding=1)
         self.convs = nnx.List(
@@ -142,9 +142,7 @@ def spectral_features(patches: Float[Array, "... P"]) -> Float[Array, "... F"]:
     power = jnp.square(real) + jnp.square(imaginary)
     positive = power > 0
     magnitude = jnp.where(positive, jnp.sqrt(jnp.where(positive, power, 1.0)), 0.0)  # finite gradient at 0
-    phase = jnp.arctan2(
-        jnp.where(positive, imaginary, 0.0), jnp.where(positive, real, 1.0)
-    )
+    phase = jnp.arctan2(jnp.where(positive, imaginary, 0.0), jnp.where(positive, real, 1.0))
     return jnp.concatenate([magnitude, phase], axis=-1)
 
 

@@ -111,8 +111,8 @@ def test_nan_in_the_padding_does_not_leak():
     signal = np.full((1, 6, 240), np.nan, np.float32)
     signal[:, :5, :200] = x["signal"]
     padded = model(
-        signal,
-        np.pad(x["locations"], ((0, 0), (0, 1), (0, 0))),
+        signal=signal,
+        locations=np.pad(x["locations"], ((0, 0), (0, 1), (0, 0))),
         channel_ids=np.pad(x["channel_ids"], ((0, 0), (0, 1))),
         mask=np.pad(x["mask"], ((0, 0), (0, 1), (0, 40))),
         channel_mask=np.arange(6)[None] < 5,
