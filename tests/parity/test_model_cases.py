@@ -10,10 +10,16 @@ from safetensors.numpy import save_file
 
 from convert_torch_weights import main
 from lumamba_jax.parity import CHECKED_FAMILIES, check_case, read_manifest
+from lumamba_jax.torch_weights import infer_config
 
 COMMITTED = Path(__file__).parent / "golden"
 CASES = {case.name: case for case in read_manifest(COMMITTED) if case.family in CHECKED_FAMILIES}
-SLOWER_IN_FLOAT32 = ("lumamba_micro_pretrain__mixed_locations", "lumamba_micro_pretrain__t40")
+FLOAT64_ONLY = (  # float32 runs of these are left to the full set, to save compilations
+    "lumamba_micro_pretrain__c1_t640",
+    "lumamba_micro_pretrain__mixed_locations",
+    "lumamba_micro_pretrain__t40",
+    "lumamba_micro_head_mamba_mmc__c22_t200",
+)
 
 
 def _assert_all_pass(checks):
@@ -24,7 +30,7 @@ def _assert_all_pass(checks):
     assert not failed, "\n".join([checks[0].case, *failed])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in SLOWER_IN_FLOAT32])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in FLOAT64_ONLY])
 def test_float32_stays_within_the_reference_noise(name):
     _assert_all_pass(check_case(CASES[name]))
 
@@ -36,7 +42,11 @@ def test_float64_equals_the_reference(name):
 
 def test_committed_cases_cover_heads_strategies_channel_counts_and_masks():
     models = [case for case in CASES.values() if case.family == "lumamba"]
-    configs = [case.convert().config for case in models]
+    shapes = [{name: tensor.shape for name, tensor in case.tensors().items()} for case in models]
+    configs = [
+        infer_config(found, bidirectional=case.config.get("bidirectional_strategy"))[0]
+        for case, found in zip(models, shapes, strict=True)
+    ]
     assert {config.head for config in configs} == {"reconstruction", "attention", "linear", "mamba"}
     assert {config.bidirectional for config in configs} == {"add", "ew_multiply", "none"}
     assert {case.data()["in/x"].shape[1] for case in models} == {1, 16, 22, 26}
