@@ -1,7 +1,7 @@
 """Convert published PyTorch LuMamba weights, or prove that our model computes the same numbers.
 
 python convert_torch_weights.py WEIGHTS.safetensors OUT            write a checkpoint
-python convert_torch_weights.py --check MANIFEST [--case NAME]     compare with stored stages; exit status 1 if any fails
+python convert_torch_weights.py --check MANIFEST [--case NAME]    compare with stored stages; status 1: one fails
 """
 
 import argparse
@@ -111,7 +111,7 @@ def _check(manifest: Path, names: list[str] | None, *, x64: bool) -> int:
     failed = [case.name for case in checked if not _print_case(case, x64=x64)]
     print(f"\n{len(checked) - len(failed)} of {len(checked)} cases pass in {'float64' if x64 else 'float32'}")
     if skipped:
-        print("not LuMamba, not checked: " + ", ".join(f"{count} {family}" for family, count in skipped.items()))
+        print("not a LuMamba model, not checked: " + ", ".join(f"{count} {family}" for family, count in skipped.items()))
     if failed:
         print("FAILED: " + ", ".join(failed))
     return 1 if failed else 0

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from lumamba_jax.checkpoint import abstract_params, named_leaves
+from lumamba_jax.checkpoint import named_leaves
 from lumamba_jax.lumamba import ComputeDtype, Head, LuMamba, LuMambaConfig
 from lumamba_jax.mamba import Bidirectional
 
@@ -66,7 +66,8 @@ class ConvertedWeights:
 
     Attributes:
         config: the architecture.
-        params: parameter tree of `LuMamba(config)` with NumPy leaves.
+        graphdef: the static half of `LuMamba(config)`.
+        params: its parameter tree, with NumPy leaves.
         mapped: what was read, from where to where.
         assumed: sentences about what the weights cannot show.
         kept: tensors no computation reads, as plain numbers.
@@ -76,6 +77,7 @@ class ConvertedWeights:
     """
 
     config: LuMambaConfig
+    graphdef: nnx.GraphDef
     params: nnx.State
     mapped: tuple[KeyMapping, ...]
     assumed: tuple[str, ...]
@@ -86,7 +88,7 @@ class ConvertedWeights:
 
     def model(self) -> LuMamba:
         """The model with these parameters."""
-        return nnx.merge(nnx.split(nnx.eval_shape(lambda: LuMamba(self.config, rngs=nnx.Rngs(0))))[0], self.params)
+        return nnx.merge(self.graphdef, self.params)
 
 
 def load_torch_weights(
@@ -167,7 +169,7 @@ def convert_tensors(
         output_channels=output_channels,
     )
     config = config.replace(compute_dtype=compute_dtype)
-    expected = abstract_params(config)
+    graphdef, expected = nnx.split(nnx.eval_shape(lambda: LuMamba(config, rngs=nnx.Rngs(0))))
     leaves = named_leaves(expected)
     mapping = key_map(config)
     problems = _problems(tensors, mapping, leaves)
@@ -185,7 +187,7 @@ def convert_tensors(
     )
     kept = {UNREAD_SCALAR: float(tensors[UNREAD_SCALAR])} if UNREAD_SCALAR in tensors else {}
     dtypes = Counter(str(tensor.dtype) for tensor in tensors.values())
-    return ConvertedWeights(config, params, mapping, tuple(assumed), kept, dict(dtypes))
+    return ConvertedWeights(config, graphdef, params, mapping, tuple(assumed), kept, dict(dtypes))
 
 
 def to_torch_tensors(
@@ -216,12 +218,13 @@ def replace_head(
     The result says both in `dropped` and `fresh`.
     """
     config = source.config.replace(head=head, num_outputs=num_outputs, output_channels=output_channels)
-    fresh_params = nnx.split(LuMamba(config, rngs=nnx.Rngs(seed)))[1]
+    graphdef, fresh_params = nnx.split(LuMamba(config, rngs=nnx.Rngs(seed)))
     old, new = named_leaves(source.params), named_leaves(fresh_params)
     fresh = tuple(path for path in new if path.startswith("head/"))
     leaves = [np.asarray(new[path] if path in fresh else old[path]) for path in new]
     return ConvertedWeights(
         config,
+        graphdef,
         jax.tree.unflatten(jax.tree.structure(fresh_params), leaves),
         tuple(row for row in source.mapped if not row.path.startswith("head/")),
         source.assumed,
@@ -270,22 +273,25 @@ def infer_config(
             f"{source}: bidirectional={bidirectional!r} contradicts the tensors, which hold {1 + two_way} direction(s)"
         )
     head, num_outputs = _infer_head(shapes, output_channels, source, assumed)
-    config = LuMambaConfig(
-        patch_size=sizes["patch_size"],
-        num_queries=width // embed_dim,
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        num_blocks=len({match[1] for name in shapes if (match := re.match(r"mamba_blocks\.(\d+)\.", name))}),
-        expand=sizes["inner width"] // width,
-        d_state=sizes["d_state"],
-        d_conv=sizes["d_conv"],
-        mlp_ratio=sizes["hidden width"] / embed_dim,
-        bidirectional=bidirectional,
-        head=head,
-        num_outputs=num_outputs,
-        output_channels=output_channels,
-        vocab_size=shapes.get("channel_emb.embeddings.weight", (LuMambaConfig.vocab_size,))[0],
-    )
+    try:
+        config = LuMambaConfig(
+            patch_size=sizes["patch_size"],
+            num_queries=width // embed_dim,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            num_blocks=len({match[1] for name in shapes if (match := re.match(r"mamba_blocks\.(\d+)\.", name))}),
+            expand=sizes["inner width"] // width,
+            d_state=sizes["d_state"],
+            d_conv=sizes["d_conv"],
+            mlp_ratio=sizes["hidden width"] / embed_dim,
+            bidirectional=bidirectional,
+            head=head,
+            num_outputs=num_outputs,
+            output_channels=output_channels,
+            vocab_size=shapes.get("channel_emb.embeddings.weight", (LuMambaConfig.vocab_size,))[0],
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: the sizes that its tensors show do not make a model ({error})") from error
     return config, assumed
 
 
@@ -310,7 +316,7 @@ _SHOWN_BY: Mapping[str, tuple[Evidence, ...]] = {
     "embed_dim": (
         ("cross_attn.query_embed", 2, int),
         ("mask_token", 2, int),
-        ("cross_attn.keys_norm.bias", 0, int),
+        *((f"cross_attn.{name}_norm.bias", 0, int) for name in ("queries", "keys", "values")),
     ),
     "patch_size": (  # 2 (P/2 + 1) magnitudes and phases, four times as many hidden; first kernel P/2 - 1
         (f"{_FREQUENCY}.weight", 1, lambda features: features - 2),

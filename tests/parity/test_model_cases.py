@@ -86,7 +86,7 @@ def test_check_passes_and_counts_what_is_not_lumamba(parity_folder, capsys):
     assert main(["--check", str(folder / "manifest.json"), "--x64"]) == 0
     out = capsys.readouterr().out
     assert "1 of 1 cases pass in float64" in out
-    assert "not LuMamba, not checked: 1 luna" in out
+    assert "not a LuMamba model, not checked: 1 luna" in out
     assert "recon " in out
 
 
