@@ -32,7 +32,12 @@ FORMAT_VERSION = 1
 NOISE_FLOOR_FACTOR = 4.0
 FLOAT64_TOLERANCE = 1e-9
 ROUNDED_TOLERANCE = 1e-6
-CHECKED_FAMILIES = ("lumamba", "mamba", "selective_scan")
+REQUIRED_INPUTS = {
+    "lumamba": ("x", "channel_locations"),
+    "mamba": ("x",),
+    "selective_scan": ("u", "delta", "A", "B", "C"),
+}
+CHECKED_FAMILIES = tuple(REQUIRED_INPUTS)
 
 _QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
 
@@ -155,11 +160,14 @@ def check_case(case: ParityCase, *, x64: bool = False) -> list[StageCheck]:
     Raises:
         ValueError: a family that is not in `CHECKED_FAMILIES`, or weights that do not convert.
     """
-    run = {"lumamba": _run_lumamba, "mamba": _run_mamba, "selective_scan": _run_scan}.get(case.family)
-    if run is None:
+    if case.family not in CHECKED_FAMILIES:
         raise ValueError(f"case {case.name}: family {case.family!r} is not one of {', '.join(CHECKED_FAMILIES)}")
+    run = {"lumamba": _run_lumamba, "mamba": _run_mamba, "selective_scan": _run_scan}[case.family]
     data = case.data()
     inputs = {name.removeprefix("in/"): array for name, array in data.items() if name.startswith("in/")}
+    missing = [name for name in REQUIRED_INPUTS[case.family] if name not in inputs]
+    if missing:
+        raise ValueError(f"{case.data_file}: the input(s) {', '.join('in/' + name for name in missing)} are missing")
     dtype = np.float64 if x64 else np.float32
     inputs = {name: x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x for name, x in inputs.items()}
     with jax.enable_x64(x64), jax.default_matmul_precision("highest"):
@@ -260,8 +268,8 @@ def mamba_block(case: ParityCase, dtype: type) -> MambaBlock:
 
 
 def _run_scan(case: ParityCase, inputs: Arrays, dtype: type) -> dict[str, jax.Array]:  # noqa: ARG001  (one signature)
-    def time_major(name: str) -> jax.Array | None:  # (B, D, L) -> (B, L, D)
-        return jnp.asarray(inputs[name].swapaxes(1, 2)) if name in inputs else None
+    def time_major(name: str) -> jax.Array:  # (B, D, L) -> (B, L, D)
+        return jnp.asarray(inputs[name].swapaxes(1, 2))
 
     y, last = selective_scan(
         time_major("u"),
@@ -270,7 +278,7 @@ def _run_scan(case: ParityCase, inputs: Arrays, dtype: type) -> dict[str, jax.Ar
         time_major("B"),
         time_major("C"),
         jnp.asarray(inputs["D"]) if "D" in inputs else None,
-        time_major("z"),
+        time_major("z") if "z" in inputs else None,
         delta_bias=jnp.asarray(inputs["delta_bias"]) if "delta_bias" in inputs else None,
         delta_softplus=bool(case.config.get("delta_softplus", False)),
     )

@@ -125,6 +125,21 @@ def test_a_stage_we_do_not_have_fails_and_nan_never_passes():
     assert checks["unheard_of"].problem == "our model has no such stage"
 
 
+def test_int8_codes_are_multiplied_by_their_scale(tmp_path):
+    codes, scale = np.array([[-128, 3], [0, 127]], np.int8), np.array([0.25, 2.0**-9], np.float32)[:, None]
+    save_file({"w": codes, "w::scale": scale, "b": np.ones(2, np.float32)}, tmp_path / "s.safetensors")
+    tensors = dataclasses.replace(CASES["scan_L1"], state_files=(tmp_path / "s.safetensors",)).tensors()
+    assert set(tensors) == {"w", "b"}
+    np.testing.assert_array_equal(tensors["w"], [[-32.0, 0.75], [0.0, 127 / 512]])
+
+
+def test_a_data_file_without_inputs_is_one_sentence(parity_folder, capsys):
+    folder, _ = parity_folder
+    save_file({"in/x": np.zeros((1, 2, 40), np.float32)}, folder / "case.safetensors")
+    assert main(["--check", str(folder)]) == 1
+    assert "in/channel_locations are missing" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
