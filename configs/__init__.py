@@ -7,9 +7,9 @@ from pathlib import Path
 
 import tyro
 
-from configs.schema import DataConfig, ExperimentConfig, TrainerConfig, read_yaml, write_yaml
+from configs.schema import DataConfig, ExperimentConfig, TrainerConfig, read_yaml, to_mapping, write_yaml
 
-__all__ = ["DataConfig", "ExperimentConfig", "TrainerConfig", "cli", "load", "preset_names", "write_yaml"]
+__all__ = ["DataConfig", "ExperimentConfig", "TrainerConfig", "cli", "load", "preset_names", "to_mapping", "write_yaml"]
 
 
 def preset_names() -> list[str]:
@@ -37,7 +37,8 @@ def cli(arguments: Sequence[str], program: str) -> ExperimentConfig:
     """
     if not arguments or arguments[0].startswith("-"):
         wants_help = bool({"-h", "--help"} & set(arguments))
-        print(f"usage: {program} PRESET [--section.field value ...]\npresets: {', '.join(preset_names())}, or a YAML file")
+        print(f"usage: {program} PRESET [--section.field value ...]")
+        print(f"presets: {', '.join(preset_names())}, or a YAML file")
         print(f"every field with its default: {program} PRESET --help")
         sys.exit(0 if wants_help else 2)
     preset = load(arguments[0])

@@ -35,7 +35,9 @@ class DataConfig:
         test_fraction: share of the subjects for the test; 0 = none. Ignored when folds are used.
         num_folds: divide the subjects into this many folds ...
         fold: ... and test on this one (0-based); the others are divided into training and validation.
-        split_seed: decides the division; the same seed gives pre-training and fine-tuning the same folds.
+        split_seed: decides the division. On the same store, the same seed gives pre-training and fine-tuning the same
+            folds.
+        split_file: use the division another run wrote to its `split.json`, on stores with the same subjects.
         permute_labels: sanity control: shuffle the labels of the training and validation windows (subjects, windows
             and counts stay). A model trained so must be at chance on the untouched test labels.
     """
@@ -48,6 +50,7 @@ class DataConfig:
     num_folds: int | None = None
     fold: int | None = None
     split_seed: int = 0
+    split_file: str = ""
     permute_labels: bool = False
 
     def __post_init__(self):
@@ -55,6 +58,8 @@ class DataConfig:
             raise ValueError("data: num_folds and fold belong together: give both or neither")
         if self.num_folds is not None and not 0 <= self.fold < self.num_folds:
             raise ValueError(f"data: fold {self.fold} is not one of 0..{self.num_folds - 1}")
+        if self.num_folds is not None and (self.validation or self.test or self.split_file):
+            raise ValueError("data: folds divide the training stores: leave validation, test and split_file empty")
         if not (0 <= self.validation_fraction < 1 and 0 <= self.test_fraction < 1):
             raise ValueError("data: validation_fraction and test_fraction must lie in [0, 1)")
 
@@ -72,8 +77,9 @@ class TrainerConfig:
         validate_every: steps between validations, checkpoints included; None = once per epoch.
         patience: stop after this many validations without a better validation loss; None = never.
         keep_checkpoints: how many train states are retained; the best model is always kept in `best`.
+        stop_after: end this session after so many steps, saved and ready to be resumed; None = at the end.
         init_from: exported model (converted, or `best` of a run, or the run itself) whose encoder is loaded.
-        resume: continue the run in `run_dir` where it stopped.
+        resume: continue the run in `run_dir` where it stopped (or start it, when it never was).
         freeze_encoder: train the head only.
         baseline: print band power + logistic regression on the same split beside every fine-tuning result.
     """
@@ -86,13 +92,14 @@ class TrainerConfig:
     validate_every: int | None = None
     patience: int | None = None
     keep_checkpoints: int = 1
+    stop_after: int | None = None
     init_from: str = ""
     resume: bool = False
     freeze_encoder: bool = False
     baseline: bool = True
 
     def __post_init__(self):
-        for name in ("epochs", "steps", "log_every", "validate_every", "patience", "keep_checkpoints"):
+        for name in ("epochs", "steps", "log_every", "validate_every", "patience", "stop_after", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"trainer: {name} must be at least 1, not {value}")
@@ -151,6 +158,18 @@ def to_mapping(config: Any) -> dict[str, Any]:
         for f in dataclasses.fields(config)
         for value in [getattr(config, f.name)]
     }
+
+
+def differences(saved: Any, given: Any, *, where: str = "") -> list[tuple[str, str]]:
+    """(field path, "path was X, is now Y") for every field in which two configurations differ."""
+    found = []
+    for f in dataclasses.fields(saved):
+        name, old, new = f"{where}{f.name}", getattr(saved, f.name), getattr(given, f.name)
+        if dataclasses.is_dataclass(old):
+            found += differences(old, new, where=f"{name}.")
+        elif old != new:
+            found.append((name, f"{name} was {old!r}, is now {new!r}"))
+    return found
 
 
 def read_yaml(path: Path) -> ExperimentConfig:

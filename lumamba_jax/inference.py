@@ -77,7 +77,7 @@ def embed(
 
     Args:
         model: from `load`.
-        signal_uv: microvolts, `(N, C, T)` or `(C, T)`; T a multiple of the patch size, at the rate of the training data.
+        signal_uv: microvolts, `(N, C, T)` or `(C, T)`; T a multiple of the patch size, rate as in training.
         locations: electrode positions in metres, head frame, `(N, C, 3)`, or `(C, 3)` for all windows.
         per_patch: the latent of every patch instead of its mean over time.
         batch_size: windows per forward pass.

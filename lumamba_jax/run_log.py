@@ -1,9 +1,11 @@
-"""What a run shows while it trains: metrics as JSON lines and TensorBoard events, and a progress bar with its ETA."""
+"""A run as its user sees it: metrics as JSON lines and TensorBoard events, a progress bar with ETA, a way to stop."""
 
 import json
 import math
+import signal
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Self
 
 from rich.console import Console
@@ -16,7 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 class RunLog:
     """Metrics of one run under `run_dir`; a context manager.
 
-    `metrics.jsonl` holds one object per line: `step`, `split` ("train", "validation", "test") and the metrics. A resumed
+    `metrics.jsonl` holds one object per line: `step`, `split` ("train", "validation") and the metrics. A resumed
     run drops the lines after the step it continues from, so that its file is that of the unbroken run.
     """
 
@@ -61,6 +63,47 @@ class RunLog:
 
     def _lines(self) -> list[str]:
         return self._path.read_text().splitlines() if self._path.is_file() else []
+
+
+class StopRequest:
+    """Turns the first SIGTERM or Ctrl-C into a flag that the loop reads between steps; the second one kills."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous: dict = {}
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def write_json(value: object, path: Path) -> None:
+    """Write nested dicts, lists and scalars; numbers that are not finite become null; complete or not at all."""
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

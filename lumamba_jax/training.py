@@ -1,7 +1,7 @@
 """The train state and its two compiled programs: one optimizer step, one evaluation batch.
 
 Init goes in three moves (abstract shapes -> shardings -> compiled init), so that a resumed run never materialises the
-fresh weights. Every random draw of step `k` is a function of (seed, stream, `k`), hence no generator state is saved and a
+fresh weights. Every random draw of step `k` is a function of (seed, stream, `k`): no generator state is saved, and a
 continued run equals the unbroken one bit for bit. Under `jit` the view is global: a mean over the batch is the mean
 over all devices.
 """
@@ -172,7 +172,7 @@ def make_eval_step(
 
 
 class Evaluation(NamedTuple):
-    """Collected outputs of `n` real windows: `outputs` by name `(n, ...)`, `window_id (n,)`, `label (n, ...)` or None."""
+    """Outputs of `n` real windows: `outputs` by name `(n, ...)`, `window_id (n,)`, `label (n, ...)` or None."""
 
     outputs: dict[str, np.ndarray]
     window_id: np.ndarray

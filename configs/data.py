@@ -1,0 +1,168 @@
+"""The windows of an experiment: which stores are opened, who trains, validates and tests, and with which labels."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from configs.schema import DataConfig, ExperimentConfig
+from data_pipeline.loader import Batches, LoaderConfig, make_dataset
+from data_pipeline.splits import (
+    Split,
+    check_disjoint,
+    check_leakage,
+    load_split,
+    save_split,
+    split_by_subject,
+    subject_folds,
+)
+from data_pipeline.store import WindowStore
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """All windows of an experiment under one numbering (the loader's `window_id`), and the part each belongs to.
+
+    Attributes:
+        stores: opened stores, in the order of the numbering.
+        parts: window numbers of "train", "validation" and "test", each `(n,)`, sorted, disjoint by subject.
+        subjects, recordings: `(N,)` str, for every window.
+        labels: `(N,)` int32 classes or `(N, K)` targets, None when the stores have none; permuted if asked.
+        class_names: names of the classes, if the stores have them.
+        split: how the training stores were divided.
+    """
+
+    stores: tuple[WindowStore, ...]
+    parts: dict[str, np.ndarray]
+    subjects: np.ndarray
+    recordings: np.ndarray
+    labels: np.ndarray | None
+    class_names: list[str] | None
+    split: Split
+
+    @property
+    def num_outputs(self) -> int:
+        """Classes, or regression targets, of the labels."""
+        assert self.labels is not None, "asked for in open_windows"
+        if self.labels.ndim == 2:
+            return self.labels.shape[1]
+        return len(self.class_names) if self.class_names else int(self.labels.max()) + 1
+
+    def batches(self, part: str, config: LoaderConfig, *, host_index: int = 0, host_count: int = 1) -> Batches:
+        """The batches of one part; ValueError says when it is empty or cannot be batched."""
+        if not len(self.parts[part]):
+            raise ValueError(f"there are no {part} windows: give more subjects, a {part} store or a larger fraction")
+        rows = self._by_store(self.parts[part])
+        return make_dataset(list(self.stores), rows, config, host_index=host_index, host_count=host_count)
+
+    def pairs(self, part: str) -> list[tuple[WindowStore, np.ndarray]]:
+        """(store, rows in it) of one part, in the order of the numbering; stores without such windows are left out."""
+        rows = self._by_store(self.parts[part])
+        return [(store, own) for store, own in zip(self.stores, rows, strict=True) if len(own)]
+
+    def class_weights(self) -> np.ndarray:
+        """Weights `(K,)` float32 inverse to the class frequencies of the training windows, mean 1 over windows."""
+        assert self.labels is not None
+        counts = np.bincount(self.labels[self.parts["train"]], minlength=self.num_outputs)
+        if not counts.all():
+            raise ValueError(f"class {int(np.argmin(counts))} has no training window: it cannot be weighted")
+        return (counts.sum() / (len(counts) * counts)).astype(np.float32)
+
+    def save_split(self, path: Path) -> None:
+        """Write the division of the training stores, to be named by `data.split_file` of another run."""
+        save_split(self.split, path)
+
+    def _by_store(self, numbers: np.ndarray) -> list[np.ndarray]:
+        bounds = np.cumsum([0, *(len(store) for store in self.stores)])
+        return [numbers[(numbers >= a) & (numbers < b)] - a for a, b in pairwise(bounds)]
+
+
+def open_windows(config: DataConfig, *, labelled: bool) -> Windows:
+    """Open the stores of `config` and divide their subjects.
+
+    Raises: ValueError when no store is given, a store is missing or damaged, labels are missing though `labelled`, the
+        division is impossible, or a subject or recording would be in two parts.
+    """
+    if not config.train:
+        raise ValueError("no training data: give one or more window stores, --data.train FILE.h5")
+    groups = [[WindowStore(path) for path in paths] for paths in (config.train, config.validation, config.test)]
+    stores = [store for group in groups for store in group]
+    labels = _labels(stores) if labelled else None
+    subjects, recordings = (np.concatenate([getattr(s, name) for s in stores]) for name in ("subjects", "recordings"))
+    sizes = [sum(len(store) for store in group) for group in groups]
+    starts = np.cumsum([0, *sizes])
+    own = slice(0, sizes[0])
+    split = _split(config, subjects[own], _split_labels(groups[0]), recordings[own])
+    parts = {
+        "train": split.train,
+        "validation": np.arange(starts[1], starts[2]) if config.validation else split.val,
+        "test": np.arange(starts[2], starts[3]) if config.test else split.test,
+    }
+    check_disjoint({part: subjects[rows].tolist() for part, rows in parts.items()})
+    if labels is not None and config.permute_labels:
+        labels = _permuted(stores, labels, np.concatenate([parts["train"], parts["validation"]]), config.split_seed)
+    names = stores[0].class_names if labelled else None
+    return Windows(tuple(stores), parts, subjects, recordings, labels, names, split)
+
+
+def resolve(config: ExperimentConfig, windows: Windows) -> ExperimentConfig:
+    """Fill in what the data decides (number of outputs), and refuse what contradicts it."""
+    model = config.model
+    if windows.labels is not None:
+        targets = np.issubdtype(windows.labels.dtype, np.floating)
+        if config.task.kind == "regress" and not targets:
+            raise ValueError("the stores hold class labels: use --task.kind classify, or prepare targets (n, K)")
+        model = model.replace(num_outputs=model.num_outputs or windows.num_outputs)
+        if model.output_channels is None and model.num_outputs != windows.num_outputs:
+            found, names = windows.num_outputs, ", ".join(windows.class_names or [])
+            raise ValueError(f"model.num_outputs is {model.num_outputs}, but the labels have {found} ({names})")
+    loader = dataclasses.replace(config.loader, patch_size=model.patch_size)
+    return dataclasses.replace(config, model=model, loader=loader)
+
+
+def _split(config: DataConfig, subjects: np.ndarray, labels: np.ndarray | None, recordings: np.ndarray) -> Split:
+    validation = 0.0 if config.validation else config.validation_fraction
+    if config.split_file:
+        split = load_split(config.split_file, subjects)
+    elif config.num_folds is not None:
+        folds = subject_folds(subjects, labels, config.num_folds, config.split_seed, val_fraction=validation)
+        split = folds[config.fold]
+    else:
+        test = 0.0 if config.test else config.test_fraction
+        split = split_by_subject(subjects, labels, val_fraction=validation, test_fraction=test, seed=config.split_seed)
+    check_leakage(split, subjects, recordings)
+    return split
+
+
+def _split_labels(stores: Sequence[WindowStore]) -> np.ndarray | None:
+    """Labels for the strata, whatever the task: pre-training on a labelled store must use the folds of fine-tuning."""
+    found = [store.labels for store in stores]
+    if any(labels is None or labels.ndim != 1 for labels in found):
+        return None
+    return np.concatenate(found)
+
+
+def _labels(stores: Sequence[WindowStore]) -> np.ndarray:
+    bare = [str(store.path) for store in stores if store.labels is None]
+    if bare:
+        raise ValueError(f"{bare[0]} has no labels: prepare it with labels, or train with a pre-training preset")
+    if len({(store.labels.dtype.kind, store.labels.shape[1:]) for store in stores}) > 1:
+        raise ValueError("the stores have labels of different kinds: prepare them with the same label file format")
+    if len({tuple(store.class_names or ()) for store in stores}) > 1:
+        raise ValueError("the stores name different classes: prepare them with the same class names")
+    return np.concatenate([store.labels for store in stores])
+
+
+def _permuted(stores: Sequence[WindowStore], labels: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
+    """Shuffle the labels of `rows` among themselves, also in the stores that the loader reads."""
+    permuted = labels.copy()
+    permuted[rows] = labels[np.random.default_rng((seed, 1)).permutation(rows)]
+    bounds = np.cumsum([len(store) for store in stores])[:-1]
+    for store, own in zip(stores, np.split(permuted, bounds), strict=True):
+        store.labels = own
+    return permuted

@@ -1,0 +1,77 @@
+"""What a supervised run hands back: predictions on disk, the baseline on the same windows, a table of scores."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from configs.data import Windows
+from data_pipeline import band_power
+from lumamba_jax import metrics
+from lumamba_jax.training import Evaluation
+
+# The scores a table shows, when a result has them; the JSON files hold all.
+SHOWN = ("loss", "balanced_accuracy", "auroc", "aupr", "kappa", "f1_weighted", "accuracy", "r2", "rmse", "pearson")
+SHOWN += ("masked", "unmasked", "query", "similarity", "sigreg")
+
+
+def predictions_of(evaluation: Evaluation, windows: Windows) -> metrics.Predictions:
+    """Join model outputs with the recording and subject of each window. Raises ValueError when labels are missing."""
+    if evaluation.label is None:
+        raise ValueError("the windows have no labels to score against: prepare the store with labels, or use embed")
+    ids = evaluation.window_id
+    parts = (evaluation.outputs["logits"], evaluation.label, ids, windows.recordings[ids], windows.subjects[ids])
+    return metrics.Predictions.merge([metrics.Predictions(*parts)])
+
+
+def kind_of(task_kind: str, labels: np.ndarray) -> metrics.Kind:
+    """How predictions are scored: float labels of a classification are independent yes/no outputs."""
+    if task_kind == "regress":
+        return "regression"
+    return "multilabel" if np.issubdtype(labels.dtype, np.floating) else "classification"
+
+
+def save_predictions(path: Path, predictions: metrics.Predictions, class_names: list[str] | None) -> None:
+    """Write logits, labels, window_id, recording and subject as one npz file; complete or not at all."""
+    temporary = path.with_name(f".{path.name}.writing.npz")
+    fields = {name: getattr(predictions, name) for name in ("logits", "labels", "window_id", "recording", "subject")}
+    try:
+        np.savez(temporary, **fields, class_names=np.array(class_names or [], dtype=str))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def baseline_predictions(windows: Windows, part: str) -> metrics.Predictions:
+    """Band power with a linear model, fitted on the training windows (labels as trained on), predicting `part`.
+
+    The logits of a classification are log probabilities, so that every score reads them as it reads the model's.
+    Raises: ValueError as `band_power.band_power_baseline`.
+    """
+    assert windows.labels is not None
+    outputs = band_power.band_power_baseline(windows.pairs("train"), windows.pairs(part))
+    if kind_of("classify", windows.labels) == "classification":
+        outputs = np.log(np.maximum(outputs, 1e-12))
+    ids = windows.parts[part]
+    return metrics.Predictions(outputs, windows.labels[ids], ids, windows.recordings[ids], windows.subjects[ids])
+
+
+def score(predictions: metrics.Predictions, kind: metrics.Kind) -> dict[str, float]:
+    """Scores of all windows together."""
+    score_of = {"classification": metrics.classification, "multilabel": metrics.multilabel}
+    return score_of.get(kind, metrics.regression)(predictions.logits, predictions.labels)
+
+
+def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:
+    """Print one column per result and one row per score, to standard output."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    for metric in SHOWN:
+        cells = [result.get(metric) for result in results.values()]
+        if any(cell is not None for cell in cells):
+            table.add_row(metric, *("" if cell is None else f"{cell:.4f}" for cell in cells))
+    Console().print(table)

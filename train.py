@@ -1,0 +1,251 @@
+"""Pre-train or fine-tune: `python train.py PRESET --data.train FILE.h5 --trainer.run-dir runs/NAME [--a.b value]`.
+
+config -> windows -> mesh -> task -> state (fresh, warm start or resume) -> loop -> best model, results, checkpoints.
+A run is its directory: `config.yaml` (itself a preset), `split.json`, `metrics.jsonl`, `tensorboard`, `checkpoints` (to
+resume), `best` (the exported model of the lowest validation loss), `results.json`, `predictions_*.npz`.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import configs
+from configs import ExperimentConfig
+from configs.data import Windows, open_windows, resolve
+from configs.results import baseline_predictions, kind_of, predictions_of, print_table, save_predictions, score
+from configs.schema import differences
+from data_pipeline.loader import Batches
+from lumamba_jax.checkpoint import (
+    BEST_DIRECTORY,
+    TrainCheckpoints,
+    abstract_params,
+    load_pretrained,
+    package_versions,
+    require_same_encoder,
+    save_pretrained,
+)
+from lumamba_jax.optimizer import make_optimizer, make_schedule
+from lumamba_jax.run_log import RunLog, StopRequest, write_json
+from lumamba_jax.sharding import make_mesh, to_global
+from lumamba_jax.tasks import make_task
+from lumamba_jax.training import (
+    Progress,
+    TrainState,
+    WarmStart,
+    abstract_state,
+    evaluate,
+    first_non_finite,
+    init_state,
+    is_head,
+    make_eval_step,
+    make_train_step,
+    select_pretrained,
+)
+
+# Fields that may differ between a run and its continuation: they change nothing that is computed.
+MAY_CHANGE = ("trainer.resume", "trainer.stop_after", "trainer.run_dir", "trainer.log_every", "trainer.baseline")
+MAY_CHANGE += ("trainer.keep_checkpoints", "mesh.devices", "mesh.fsdp", "loader.reader_threads", "loader.prefetch")
+
+
+class Run:
+    """One training run: what is built once, and the loop over it."""
+
+    def __init__(self, config: ExperimentConfig, windows: Windows):
+        self.config, self.windows = config, windows
+        self.directory = Path(config.trainer.run_dir)
+        self.mesh = make_mesh(config.mesh)
+        hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+        self.train_batches: Batches = windows.batches("train", config.loader, **hosts)
+        self.evaluation_batches: dict[str, Batches] = {
+            part: windows.batches(part, config.loader.for_evaluation(), **hosts)
+            for part in ("validation", "test")
+            if len(windows.parts[part])
+        }
+        if "validation" not in self.evaluation_batches:
+            raise ValueError("there are no validation windows to select the model on: raise data.validation_fraction")
+        self.steps_per_epoch = len(self.train_batches)
+        self.total_steps = config.trainer.steps or config.trainer.epochs * self.steps_per_epoch
+        self.validate_every = config.trainer.validate_every or self.steps_per_epoch
+        weights = windows.class_weights() if config.task.class_weights == "balanced" else None
+        self.task = make_task(config.task, config.model, weights)
+        schedule = {
+            "total_steps": -(-self.total_steps // config.optimizer.accumulation),
+            "max_epochs": -(-self.total_steps // self.steps_per_epoch),
+            "stage": "pretrain" if config.task.kind == "pretrain" else "finetune",
+        }
+        self.rate = make_schedule(config.optimizer, **schedule)
+        trainable = is_head if config.trainer.freeze_encoder else None
+        params = abstract_params(config.model)
+        self.optimizer = make_optimizer(config.optimizer, params, **schedule, trainable=trainable)
+        self.eval_step = make_eval_step(config.model, self.task, self.mesh, seed=config.trainer.seed)
+
+    def start(self, checkpoints: TrainCheckpoints, warm: WarmStart | None) -> tuple[TrainState, Progress]:
+        """The state to continue from: the newest checkpoint, or fresh parameters with the warm start's put in."""
+        if checkpoints.latest_step is not None:
+            state, progress = checkpoints.restore(abstract_state(self.config.model, self.optimizer, self.mesh))
+            return state, Progress(**progress)
+        pretrained = None if warm is None else warm.loaded
+        seed = self.config.trainer.seed
+        return init_state(self.config.model, self.optimizer, self.mesh, seed=seed, pretrained=pretrained), Progress()
+
+    def train(self, checkpoints: TrainCheckpoints, state: TrainState, progress: Progress) -> tuple[bool, str]:
+        """Run the loop; returns (finished, why it ended)."""
+        trainer = self.config.trainer
+        start = int(state.step)
+        stop_at = min(self.total_steps, start + (trainer.stop_after or self.total_steps))
+        train_step = make_train_step(
+            self.config.model,
+            self.task,
+            self.optimizer,
+            self.mesh,
+            seed=trainer.seed,
+            freeze_encoder=trainer.freeze_encoder,
+        )
+        pending: dict[int, dict[str, jax.Array]] = {}
+        with RunLog(self.directory, total_steps=self.total_steps, start_step=start) as log, StopRequest() as stop:
+            if start >= self.total_steps or self._out_of_patience(progress):
+                return True, "this run was already finished"
+            for step, host_batch in enumerate(self.train_batches.iterate(start, stop_at), start + 1):
+                batch = to_global(host_batch, self.mesh)
+                with jax.transfer_guard("disallow"):
+                    state, pending[step] = train_step(state, batch)
+                log.advance(step)
+                validates = step % self.validate_every == 0 or step == self.total_steps
+                leaves = step == stop_at or stop.requested
+                if step % trainer.log_every == 0 or validates or leaves:
+                    self._record(log, pending, step)
+                if validates:
+                    self._validate(log, state, progress, step)
+                finished = step == self.total_steps or self._out_of_patience(progress)
+                if validates or leaves:
+                    checkpoints.save(step, state, progress.to_json())
+                if finished:
+                    return True, f"finished after {step} steps"
+                if leaves:
+                    return False, f"stopped and saved at step {step} of {self.total_steps}: continue with resume"
+        raise AssertionError("the loop ends at stop_at")
+
+    def _record(self, log: RunLog, pending: dict[int, dict[str, jax.Array]], step: int) -> None:
+        """Fetch and log the metrics since the last time (means over steps); refuse to go on from a non-finite loss."""
+        fetched = jax.device_get(pending)
+        pending.clear()
+        bad = first_non_finite({k: float(metrics["loss"]) for k, metrics in fetched.items()})
+        if bad is not None:
+            raise FloatingPointError(
+                f"the loss of step {bad} is not finite: lower optimizer.learning_rate or clip gradients; "
+                f"the last checkpoint in {self.directory} is from before that step"
+            )
+        means = {name: float(np.mean([m[name] for m in fetched.values()])) for name in fetched[step]}
+        optimizer = self.config.optimizer
+        rate = self.rate((step - 1) // optimizer.accumulation, optimizer.lr)
+        log.write(step, "train", means | {"learning_rate": float(rate)})
+        log.advance(step, means["loss"])
+
+    def _validate(self, log: RunLog, state: TrainState, progress: Progress, step: int) -> None:
+        evaluation = evaluate(self.eval_step, state.params, self.evaluation_batches["validation"], self.mesh)
+        metrics = self.task.summarize(evaluation.outputs, evaluation.label)
+        log.write(step, "validation", metrics)
+        best = progress.update(metrics["loss"], step)
+        if best:
+            save_pretrained(self.directory / BEST_DIRECTORY, self.config.model, state.params, self._provenance(step))
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        log.say(f"step {step}/{self.total_steps}  validation {shown}{'  (best)' if best else ''}")
+
+    def _out_of_patience(self, progress: Progress) -> bool:
+        patience = self.config.trainer.patience
+        return patience is not None and progress.validations_since_best >= patience
+
+    def _provenance(self, step: int) -> dict:
+        store = self.windows.stores[0]
+        return {
+            "run": self.directory.name,
+            "step": step,
+            "task": configs.to_mapping(self.config.task),
+            "class_names": self.windows.class_names,
+            "sfreq": store.sfreq,
+            "n_times": store.n_times,
+            "split": self.windows.split.digest,
+            "initialized_from": self.config.trainer.init_from or None,
+        }
+
+    def score_best(self) -> dict[str, dict[str, float]]:
+        """Metrics of the best model on validation and test, with the baseline beside; predictions are saved."""
+        params = load_pretrained(self.directory)[1]
+        results = {}
+        for part, batches in self.evaluation_batches.items():
+            evaluation = evaluate(self.eval_step, params, batches, self.mesh)
+            results[part] = self.task.summarize(evaluation.outputs, evaluation.label)
+            if self.windows.labels is not None:
+                predictions = predictions_of(evaluation, self.windows)
+                path = self.directory / f"predictions_{part}.npz"
+                save_predictions(path, predictions, self.windows.class_names)
+                if self.config.trainer.baseline:
+                    kind = kind_of(self.config.task.kind, self.windows.labels)
+                    results[f"{part}, band power"] = score(baseline_predictions(self.windows, part), kind)
+        return results
+
+
+def warm_start(config: ExperimentConfig) -> WarmStart | None:
+    """Read the encoder of `trainer.init_from`; prints what is loaded, new and unused."""
+    source = config.trainer.init_from
+    if not source:
+        return None
+    found, params, _ = load_pretrained(source)
+    require_same_encoder(found, config.model, source)
+    warm = select_pretrained(config.model, params)
+    print(f"{source}: {len(warm.loaded)} parameters loaded, {len(warm.new)} new, {len(warm.unused)} unused")
+    for title, names in (("new", warm.new), ("unused", warm.unused)):
+        if names:
+            print(f"  {title}: {', '.join(sorted({'/'.join(name.split('/')[:2]) for name in names}))}")
+    return warm
+
+
+def open_directory(config: ExperimentConfig, windows: Windows) -> None:
+    """Write config, versions and split into the run's directory, or check that they fit a run to be resumed."""
+    directory = Path(config.trainer.run_dir)
+    saved = directory / "config.yaml"
+    if saved.is_file():
+        if not config.trainer.resume:
+            raise ValueError(f"{directory} already holds a run: continue it with --trainer.resume true, or choose "
+                             f"another --trainer.run-dir")  # fmt: skip
+        changed = [line for name, line in differences(configs.load(str(saved)), config) if name not in MAY_CHANGE]
+        if changed:
+            raise ValueError(f"{directory} cannot be resumed with another configuration: {'; '.join(changed)}")
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(package_versions(), directory / "versions.json")
+    windows.save_split(directory / "split.json")
+    configs.write_yaml(config, saved)
+
+
+def run(config: ExperimentConfig) -> None:
+    """One training session from configuration to results."""
+    windows = open_windows(config.data, labelled=config.task.kind != "pretrain")
+    config = resolve(config, windows)
+    session = Run(config, windows)
+    warm = warm_start(config)
+    open_directory(config, windows)
+    with TrainCheckpoints(session.directory / "checkpoints", keep=config.trainer.keep_checkpoints) as checkpoints:
+        finished, ending = session.train(checkpoints, *session.start(checkpoints, warm))
+    print(f"{session.directory}: {ending}")
+    if finished:
+        results = session.score_best()
+        write_json(results, session.directory / "results.json")
+        print_table(results, title=f"{session.directory}: best model, windows")
+
+
+def main() -> int:
+    """Exit status 0, 2 for bad input (one sentence), 1 for a diverged run."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "xla"))
+    try:
+        run(configs.cli(sys.argv[1:], "train.py"))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
