@@ -218,20 +218,26 @@ def replace_head(
     The result says both in `dropped` and `fresh`.
     """
     config = source.config.replace(head=head, num_outputs=num_outputs, output_channels=output_channels)
-    graphdef, fresh_params = nnx.split(LuMamba(config, rngs=nnx.Rngs(seed)))
-    old, new = named_leaves(source.params), named_leaves(fresh_params)
-    fresh = tuple(path for path in new if path.startswith("head/"))
-    leaves = [np.asarray(new[path] if path in fresh else old[path]) for path in new]
+    graphdef, expected = nnx.split(nnx.eval_shape(lambda: LuMamba(config, rngs=nnx.Rngs(seed))))
+
+    @jax.jit  # only the head is computed: what is not returned is never drawn
+    def initialise() -> dict[str, jax.Array]:
+        leaves = named_leaves(nnx.split(LuMamba(config, rngs=nnx.Rngs(seed)))[1])
+        return {path: leaf for path, leaf in leaves.items() if path.startswith("head/")}
+
+    new = {path: np.asarray(leaf) for path, leaf in initialise().items()}
+    values = named_leaves(source.params) | new
+    params = jax.tree.unflatten(jax.tree.structure(expected), [values[path] for path in named_leaves(expected)])
     return ConvertedWeights(
         config,
         graphdef,
-        jax.tree.unflatten(jax.tree.structure(fresh_params), leaves),
+        params,
         tuple(row for row in source.mapped if not row.path.startswith("head/")),
         source.assumed,
         source.kept,
         source.dtypes,
         dropped=tuple(row.torch_name for row in source.mapped if row.path.startswith("head/")),
-        fresh=fresh,
+        fresh=tuple(new),
     )
 
 

@@ -167,6 +167,9 @@ def test_a_new_head_keeps_the_encoder_and_says_what_changed(tensors):
         if not name.startswith("head/"):
             np.testing.assert_array_equal(new[name], old[name])
     assert set(classifier.fresh) == {name for name in new if name.startswith("head/")}
+    again, other = (replace_head(source, "attention", num_outputs=2, seed=seed) for seed in (0, 1))
+    _same(again.params, classifier.params)
+    assert not np.array_equal(named_leaves(other.params)["head/query"], new["head/query"])
     assert "decoder_head.norm.bias" in classifier.dropped
     assert all(name.startswith(("decoder_head.", "channel_emb.")) for name in classifier.dropped)
 

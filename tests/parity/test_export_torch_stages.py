@@ -85,7 +85,7 @@ def test_a_model_that_imports_mamba_ssm_exports_and_passes_our_check(tmp_path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     folder = tmp_path / "parity"
-    common = [str(folder), "--factory", "their_model:Theirs", "--shape", "2", "5", "160"]
+    common = [str(folder), "--factory", "their_model:Theirs", "--shape", "2", "5", "80", "--runs", "2"]
     export_torch_stages.main([*common, "--kwargs", json.dumps(SMALL), "--mask", "--name", "pretrain"])
     classes = SMALL | {"num_classes": 3, "num_blocks": 1}
     export_torch_stages.main([*common, "--kwargs", json.dumps(classes), "--name", "classify"])
