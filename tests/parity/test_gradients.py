@@ -54,7 +54,9 @@ def _check_scan_gradients(case, implementation):
         return values, jax.vmap(pull_back)(jnp.eye(2))[0]
 
     values, gradients = values_and_gradients(inputs)
-    for row, kind in enumerate(("out", "out_state")):
+    with_state = any(name.startswith("grad_out_state/") for name in data)  # the long cases have the first kind only
+    kinds = ("out", "out_state") if with_state else ("out",)
+    for row, kind in enumerate(kinds):
         _close(values[row], data[f"f64/loss_{kind}"], "loss")
         for name, gradient in gradients.items():
             _close(gradient[row], data[f"grad_{kind}/{name}"], f"{case.name} grad_{kind}/{name}")
