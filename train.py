@@ -14,7 +14,7 @@ import numpy as np
 import configs
 from configs import ExperimentConfig
 from configs.data import Windows, open_windows, resolve
-from configs.results import baseline_predictions, kind_of, predictions_of, print_table, save_predictions, score
+from configs.results import SHOWN, baseline_predictions, kind_of, predictions_of, print_table, save_predictions, score
 from configs.schema import differences
 from data_pipeline.loader import Batches
 from lumamba_jax.checkpoint import (
@@ -150,7 +150,7 @@ class Run:
         best = progress.update(metrics["loss"], step)
         if best:
             save_pretrained(self.directory / BEST_DIRECTORY, self.config.model, state.params, self._provenance(step))
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
         log.say(f"step {step}/{self.total_steps}  validation {shown}{'  (best)' if best else ''}")
 
     def _out_of_patience(self, progress: Progress) -> bool:
@@ -195,7 +195,7 @@ def warm_start(config: ExperimentConfig) -> WarmStart | None:
     found, params, _ = load_pretrained(source)
     require_same_encoder(found, config.model, source)
     warm = select_pretrained(config.model, params)
-    print(f"{source}: {len(warm.loaded)} parameters loaded, {len(warm.new)} new, {len(warm.unused)} unused")
+    print(f"{source}: {len(warm.loaded)} tensors loaded, {len(warm.new)} new, {len(warm.unused)} unused")
     for title, names in (("new", warm.new), ("unused", warm.unused)):
         if names:
             print(f"  {title}: {', '.join(sorted({'/'.join(name.split('/')[:2]) for name in names}))}")

@@ -7,9 +7,19 @@ from pathlib import Path
 
 import tyro
 
-from configs.schema import DataConfig, ExperimentConfig, TrainerConfig, read_yaml, to_mapping, write_yaml
+from configs.schema import DataConfig, ExperimentConfig, TrainerConfig, from_mapping, read_yaml, to_mapping, write_yaml
 
-__all__ = ["DataConfig", "ExperimentConfig", "TrainerConfig", "cli", "load", "preset_names", "to_mapping", "write_yaml"]
+__all__ = [
+    "DataConfig",
+    "ExperimentConfig",
+    "TrainerConfig",
+    "cli",
+    "from_mapping",
+    "load",
+    "preset_names",
+    "to_mapping",
+    "write_yaml",
+]
 
 
 def preset_names() -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import h5py
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -35,10 +36,28 @@ def kind_of(task_kind: str, labels: np.ndarray) -> metrics.Kind:
 
 def save_predictions(path: Path, predictions: metrics.Predictions, class_names: list[str] | None) -> None:
     """Write logits, labels, window_id, recording and subject as one npz file; complete or not at all."""
-    temporary = path.with_name(f".{path.name}.writing.npz")
     fields = {name: getattr(predictions, name) for name in ("logits", "labels", "window_id", "recording", "subject")}
+    save_columns(path, fields | {"class_names": np.array(class_names or [], dtype=str)})
+
+
+def check_columns_file(path: Path) -> None:
+    """Refuse a name that `save_columns` cannot write, before the work is done."""
+    if path.suffix not in (".npz", ".h5"):
+        raise ValueError(f"the output must end in .npz or .h5, not {path.name!r}")
+
+
+def save_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Write named arrays as npz or HDF5, as the suffix says; complete or not at all."""
+    check_columns_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
-        np.savez(temporary, **fields, class_names=np.array(class_names or [], dtype=str))
+        if path.suffix == ".npz":
+            np.savez(temporary, **columns)
+        else:
+            with h5py.File(temporary, "w") as file:
+                for name, values in columns.items():
+                    file.create_dataset(name, data=values.astype(object) if values.dtype.kind == "U" else values)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
