@@ -49,6 +49,7 @@ BAND_HZ = (1.0, 45.0)
 CLIP = 15.0  # of the scaled signal: an artefact of one electrode must not decide a whole batch
 PROBE_INVERSE_PENALTY = 1e-3
 N_CLASSES = 2
+TUNED_CANDIDATE = "full attention | pretrained | recording"
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Settings:
     inner_folds: int = 3
     seed: int = 0
     batch_size: int = 16
-    pretrain_steps: int = 150
-    finetune_steps: int = 40
+    pretrain_steps: int = 100
+    finetune_steps: int = 30
     permutations: int = 10
     resamples: int = 2000
 
@@ -346,7 +347,7 @@ def run_fold(bench: Bench, number: int, dense: WindowStore, scored: np.ndarray, 
         found[protocol] = {name: bench.run(fit, number) for name, fit in candidates.items()}
     tuned = finetune_fits(programs, inputs["recording"], dense, scored, bench, number, named_leaves(encoder_params))
     trained = {name: bench.run(fit, number, refit=False) for name, fit in tuned.items()}
-    found["inductive"] |= {name: trained[name] for name in trained if "full" in name and "pretrained" in name}
+    found["inductive"][TUNED_CANDIDATE] = trained[TUNED_CANDIDATE]
     found["heads"] = trained
     for protocol, candidates in fits.items():
         chosen = max(found[protocol], key=lambda name: found[protocol][name].auroc)
