@@ -65,6 +65,7 @@ class MultiHeadAttention(nnx.Module):
             return q, k, v
         dtype = self.in_proj.dtype
         kernels = jnp.split(self.in_proj.kernel[...].astype(dtype), 3, axis=1)
+        assert self.in_proj.bias is not None, "built with a bias"
         biases = jnp.split(self.in_proj.bias[...].astype(dtype), 3)
         inputs = (query, key, key if value is None else value)
         q, k, v = (

@@ -78,7 +78,7 @@ def save_pretrained(
     }
     text = json.dumps(metadata, indent=2, allow_nan=False)
     with _replacing(directory) as temporary:
-        ocp.save(temporary / WEIGHTS_DIRECTORY, weights)
+        ocp.save(str(temporary / WEIGHTS_DIRECTORY), weights)
         (temporary / METADATA_FILE).write_text(text)
     return directory
 
@@ -95,7 +95,7 @@ def load_pretrained(directory: str | Path) -> tuple[LuMambaConfig, nnx.State, di
     metadata = read_metadata(directory)
     config = _config_from(metadata, directory)
     try:
-        weights = ocp.load(directory / WEIGHTS_DIRECTORY)
+        weights = ocp.load(str(directory / WEIGHTS_DIRECTORY))
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{directory}: the weights cannot be read ({first_line}); export the model again") from error
@@ -137,8 +137,8 @@ class TrainCheckpoints:
 
     def __init__(self, directory: str | Path, *, keep: int = 1):
         self._checkpointer = ocp.training.Checkpointer(
-            Path(directory).absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            str(Path(directory).absolute()),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
 
@@ -163,11 +163,12 @@ class TrainCheckpoints:
             raise FileNotFoundError(f"{self._checkpointer.directory} holds no checkpoint to resume from")
         expected = named_leaves(abstract_state)
         source = Path(str(self._checkpointer.directory)) / str(step)
-        stored = ocp.metadata(source).metadata
+        stored = ocp.metadata(str(source)).metadata
         _require_same_leaves(expected, stored.get("state", stored), source)
         leaves = self._checkpointer.load(step, expected)
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in expected])
-        return state, dict(self._checkpointer.metadata(step).custom_metadata or {})
+        progress: Any = self._checkpointer.metadata(step).custom_metadata or {}
+        return state, dict(progress)
 
     def close(self) -> None:
         """Wait for the disk and release the directory."""
@@ -199,7 +200,7 @@ def _config_from(metadata: dict[str, Any], source: Path) -> LuMambaConfig:
     unknown = sorted(set(values) - known)
     if unknown or not values:
         raise ValueError(f"{source}: the model configuration has unknown or no entries {unknown}")
-    return LuMambaConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    return LuMambaConfig(**values)
 
 
 def _require_same_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], source: Path) -> None:

@@ -187,4 +187,6 @@ def _pooled_latent(
 def _logits(
     graphdef: nnx.GraphDef, normalization: Normalization, params: nnx.State, batch: dict[str, Array]
 ) -> Float[Array, "B K"]:
-    return forward(nnx.merge(graphdef, params), batch, normalization)[0].logits
+    logits = forward(nnx.merge(graphdef, params), batch, normalization)[0].logits
+    assert logits is not None, "predict refuses models without a classification or regression head"
+    return logits

@@ -33,7 +33,7 @@ class Dtypes:
         """
         if compute_dtype not in ("float32", "bfloat16", "float64"):
             raise ValueError(f"compute_dtype {compute_dtype!r} is unknown: choose float32, bfloat16 or float64")
-        if compute_dtype == "float64" and not jax.config.jax_enable_x64:
+        if compute_dtype == "float64" and not jax.config.read("jax_enable_x64"):
             raise ValueError(
                 "compute_dtype 'float64' needs JAX's x64 mode: set jax_enable_x64 before building the model"
             )

@@ -46,8 +46,8 @@ class RunLog:
 
     def advance(self, step: int, loss: float | None = None) -> None:
         """Move the bar; `loss`, when known, is shown beside it."""
-        description = {} if loss is None else {"description": f"loss {loss:.4f}"}
-        self._progress.update(self._bar, completed=step, **description)
+        description = None if loss is None else f"loss {loss:.4f}"
+        self._progress.update(self._bar, completed=step, description=description)
 
     def say(self, text: str) -> None:
         """Print a line above the bar (standard error)."""

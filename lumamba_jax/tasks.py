@@ -183,11 +183,11 @@ class Pretrain:
         self, model: LuMamba, batch: Batch, keys: Keys, rngs: nnx.Rngs | None
     ) -> tuple[losses.ReconstructionTerms, Float[Array, ""]]:
         config = self._config
-        shape = batch["signal"].shape
+        rows, channels, samples = batch["signal"].shape
         padding = {"channel_mask": batch["channel_mask"], "patch_mask": batch["patch_mask"]}
         mask = masking.draw_mask(
             keys["mask"],
-            shape,
+            (rows, channels, samples),
             ratio=config.mask_ratio,
             patch=config.mask_patch,
             scope=config.mask_scope,
@@ -195,7 +195,7 @@ class Pretrain:
         )
         noise = None
         if config.position_noise and rngs is not None:
-            noise = masking.draw_position_noise(keys["noise"], shape[0], shape[1])
+            noise = masking.draw_position_noise(keys["noise"], rows, channels)
         output, signal = forward(model, batch, config.normalization, mask=mask, position_noise=noise, rngs=rngs)
         assert output.reconstruction is not None, "checked when the configuration was made"
         window_mask = batch["window_mask"]
@@ -204,7 +204,11 @@ class Pretrain:
             output.reconstruction, signal, mask, valid=valid, window_mask=window_mask, kind=config.penalty
         )
         query = losses.query_specialization(
-            output.attention_scores, **padding, window_mask=window_mask, weight=config.query_weight
+            output.attention_scores,
+            channel_mask=batch["channel_mask"],
+            patch_mask=batch["patch_mask"],
+            window_mask=window_mask,
+            weight=config.query_weight,
         )
         return terms, query
 
@@ -227,7 +231,8 @@ class Pretrain:
             tokens.append(_encode_views(model, views, valid, batch, rngs))
             masks.append(valid)
         return losses.lejepa(
-            *tokens,
+            tokens[0],
+            tokens[1],
             masking.draw_sigreg_directions(keys["slices"], self._width, config.sigreg_slices),
             local_patch_mask=masks[0],
             global_patch_mask=masks[1],
@@ -252,6 +257,11 @@ def _encode_views(
     return latent.reshape(rows, count, *latent.shape[1:]).swapaxes(0, 1)
 
 
+def _logits(output: ModelOutput) -> Float[Array, "B ..."]:
+    assert output.logits is not None, "the head is checked when the configuration is made"
+    return output.logits
+
+
 class _Supervised:
     """What classification and regression share: one forward pass per batch, outputs collected per window."""
 
@@ -260,14 +270,14 @@ class _Supervised:
 
     def evaluate(self, model: LuMamba, batch: Batch, keys: Keys) -> dict[str, Float[Array, "B ..."]]:  # noqa: ARG002
         """Raw outputs of the head, `logits (B, K)`."""
-        return {"logits": forward(model, batch, self._config.normalization)[0].logits}
+        return {"logits": _logits(forward(model, batch, self._config.normalization)[0])}
 
     def _training_logits(self, model: LuMamba, batch: Batch, keys: Keys) -> Float[Array, "B K"]:
         noise = None
         if self._config.position_noise:
             noise = masking.draw_position_noise(keys["noise"], *batch["signal"].shape[:2])
         rngs = _dropout(keys)
-        return forward(model, batch, self._config.normalization, position_noise=noise, rngs=rngs)[0].logits
+        return _logits(forward(model, batch, self._config.normalization, position_noise=noise, rngs=rngs)[0])
 
 
 class Classify(_Supervised):

@@ -92,8 +92,8 @@ class TimePath(nnx.Module):
         features = embed_dim // 4
         if embed_dim % 16 or patch_size % 4 or patch_size < 8 or first.out_width(patch_size) * features != embed_dim:
             raise ValueError(
-                f"embed_dim {embed_dim} and patch_size {patch_size} do not fit the patch convolutions: embed_dim must be "
-                "a multiple of 16 and patch_size a multiple of 4 (at least 8)"
+                f"embed_dim {embed_dim} and patch_size {patch_size} do not fit the patch convolutions: "
+                "embed_dim must be a multiple of 16 and patch_size a multiple of 4 (at least 8)"
             )
         later = ConvGeometry(kernel=3, stride=1, padding=1)
         self.convs = nnx.List(
