@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import numpy as np
 import tyro
 
@@ -186,7 +185,7 @@ def _embeddings(model: LoadedModel, store: WindowStore, batch_size: int) -> dict
 
 def main() -> int:
     """Exit status 0, or 2 for bad input (one sentence)."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "xla"))
+    configs.enable_compilation_cache()
     options = tyro.extras.subcommand_cli_from_dict(
         {"metrics": Metrics, "embed": Embed}, prog="eval.py", description=__doc__
     )

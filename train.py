@@ -238,7 +238,7 @@ def run(config: ExperimentConfig) -> None:
 
 def main() -> int:
     """Exit status 0, 2 for bad input (one sentence), 1 for a diverged run."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "xla"))
+    configs.enable_compilation_cache()
     try:
         run(configs.cli(sys.argv[1:], "train.py"))
     except (ValueError, OSError, FloatingPointError) as error:

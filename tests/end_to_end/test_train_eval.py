@@ -1,5 +1,6 @@
 """The command line from recordings to embeddings, through real processes, with the debug preset."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -162,28 +163,42 @@ def test_embeddings_of_recordings_equal_those_of_their_windows(work, pretrained)
     call("eval.py", "embed", pretrained, recording, "--out", work / "one.h5", "--window", "2.5")
     with np.load(work / "all.npz") as every, h5py.File(work / "one.h5") as one:
         own = every["recording"] == "subject-02.edf"
-        starts = {
-            int(start): row for start, row in zip(every["start_sample"][own], every["embeddings"][own], strict=True)
-        }
-        common = [
-            (starts[int(s)], row) for s, row in zip(one["start_sample"], one["embeddings"], strict=True) if s in starts
-        ]
+        stored_rows = zip(every["start_sample"][own], every["embeddings"][own], strict=True)
+        starts = {int(start): row for start, row in stored_rows}
+        fresh_rows = zip(one["start_sample"], one["embeddings"], strict=True)
+        common = [(starts[int(start)], row) for start, row in fresh_rows if int(start) in starts]
         assert len(common) >= 2
         for stored, fresh in common:
             np.testing.assert_allclose(stored, fresh, atol=1e-5)
 
 
-# --- bad input: one sentence, status 2, nothing half-written ------------------------------------------------------------
+# --- bad input: one sentence, status 2, nothing half-written ---
 
 
-def refused(*words: object) -> str:
-    done = call(*words, status=2)
-    lines = [line for line in done.stderr.splitlines() if line.strip() and "preparing" not in line]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Call a script's main in this process: it must return 2 and say one sentence. Returns the sentence."""
+
+    def call_main(script: str, *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), REPOSITORY / script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module.main() == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return call_main
 
 
-def test_bad_stores_are_refused_in_one_sentence(work, tmp_path):
+def test_bad_input_ends_with_status_2_and_no_traceback(tmp_path):
+    done = call("train.py", "debug", *debug_options(tmp_path / "absent.h5", tmp_path / "run"), status=2)
+    assert done.stderr.startswith("train.py: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_stores_are_refused_in_one_sentence(work, tmp_path, refused):
     stored = (work / "windows.h5").read_bytes()
     (tmp_path / "truncated.h5").write_bytes(stored[: len(stored) // 2])
     run_dir = tmp_path / "run"
@@ -202,7 +217,7 @@ def test_bad_stores_are_refused_in_one_sentence(work, tmp_path):
     assert not run_dir.exists()
 
 
-def test_bad_checkpoints_are_refused_in_one_sentence(work, pretrained, tmp_path):
+def test_bad_checkpoints_are_refused_in_one_sentence(work, pretrained, tmp_path, refused):
     options = (*debug_options(work / "windows.h5", tmp_path / "run"), "--trainer.init-from", pretrained)
     message = refused("train.py", "debug", *options, "--model.embed-dim", "32", "--model.num-blocks", "2")
     assert "embed_dim 16 (expected 32)" in message
@@ -217,12 +232,12 @@ def test_bad_checkpoints_are_refused_in_one_sentence(work, pretrained, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_configurations_are_refused(tmp_path):
+def test_bad_configurations_are_refused(tmp_path, refused):
     (tmp_path / "typo.yaml").write_text("modle: {embed_dim: 16}\n")
     assert "did you mean 'model'" in refused("train.py", tmp_path / "typo.yaml")
     assert "did you mean 'debug'" in refused("train.py", "debgu")
     assert "--data.train" in refused("train.py", "debug")
 
 
-def test_subjects_of_the_training_cannot_be_scored_as_test(work, finetuned):
+def test_subjects_of_the_training_cannot_be_scored_as_test(work, finetuned, refused):
     assert "leakage" in refused("eval.py", "metrics", finetuned, "--data", work / "windows.h5")

@@ -1,6 +1,6 @@
 """The compiled steps: resumed = unbroken bit for bit, one device = eight, learning, warm start, freezing."""
 
-import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -14,7 +14,8 @@ from lumamba_jax.optimizer import OptimizerConfig, make_optimizer
 from lumamba_jax.sharding import MeshConfig, make_mesh, to_global
 from lumamba_jax.tasks import TaskConfig, make_task
 
-MICRO = LuMambaConfig(embed_dim=16, num_queries=2, num_heads=2, num_blocks=1, d_state=4)
+# Without dropout: its random numbers are most of what there is to compile. test_tasks.py covers its stream.
+MICRO = LuMambaConfig(embed_dim=16, num_queries=2, num_heads=2, num_blocks=1, d_state=4, dropout=0.0)
 CLASSIFIER = MICRO.replace(head="linear", num_outputs=2)
 PRETRAIN = TaskConfig(sigreg_slices=8, local_views=2, local_patches=1, global_views=1, global_patches=2)
 CLASSIFY = TaskConfig(kind="classify")
@@ -43,9 +44,11 @@ def make_batch(step: int, *, rows: int = 8, channels: int = 3, patches: int = 4)
     return batch
 
 
-def build(model: LuMambaConfig, task: TaskConfig, mesh_config: MeshConfig, *, freeze: bool = False, lr: float = 2e-3):
+@functools.cache  # one compiled program per combination for the whole module
+def build(model: LuMambaConfig, task: TaskConfig, mesh_config: MeshConfig, *, freeze: bool = False, lr: float = 1e-2):
     mesh = make_mesh(mesh_config)
-    config = OptimizerConfig(lr=lr, warmup_epochs=0, schedule="constant", clip_grad_norm=1.0)
+    # A large eps: the bias of attention keys has no gradient but rounding, which Adam would blow up to full steps.
+    config = OptimizerConfig(lr=lr, eps=1e-3, warmup_epochs=0, schedule="constant", clip_grad_norm=1.0)
     trainable = training.is_head if freeze else None
     optimizer = make_optimizer(config, abstract_params(model), total_steps=100, max_epochs=1, trainable=trainable)
     program = make_task(task, model)
@@ -85,13 +88,11 @@ def test_resumed_equals_unbroken_bit_for_bit(unbroken, tmp_path):
         np.testing.assert_array_equal(np.asarray(found[name]), expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_eight_devices_equal_one(unbroken, fsdp, monkeypatch):
+def test_eight_devices_equal_one(unbroken, monkeypatch):
     monkeypatch.setattr("lumamba_jax.sharding._MIN_SPLIT_SIZE", 128)  # so that kernels of the micro model are split
-    mesh, optimizer, _, step = build(MICRO, PRETRAIN, MeshConfig(fsdp=fsdp, devices=8))
+    mesh, optimizer, _, step = build(MICRO, PRETRAIN, MeshConfig(fsdp=2, devices=8))
     state = training.init_state(MICRO, optimizer, mesh, seed=3)
-    split = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
-    assert bool(split) == (fsdp > 1)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
     state, losses = run(step, state, mesh, 0, STEPS)
     np.testing.assert_allclose(losses, unbroken[1], rtol=1e-5)
     expected, found = named_leaves(unbroken[0].params), named_leaves(state.params)
@@ -100,22 +101,17 @@ def test_eight_devices_equal_one(unbroken, fsdp, monkeypatch):
         assert np.abs(np.asarray(found[name]) - value).max() <= 1e-5 * max(scale, 1e-2), name
 
 
-def test_every_parameter_of_every_objective_gets_a_gradient():
-    for objective in ("reconstruction", "mixed"):
-        task = dataclasses.replace(PRETRAIN, objective=objective)
-        mesh, optimizer, _, step = build(MICRO, task, MeshConfig(devices=1))
-        before = jax.device_get(training.init_state(MICRO, optimizer, mesh, seed=3))
-        after, _ = run(step, training.init_state(MICRO, optimizer, mesh, seed=3), mesh, 0, 2)
-        frozen = [
-            name
-            for (name, old), new in zip(named_leaves(before.params).items(), jax.tree.leaves(after.params), strict=True)
-            if np.array_equal(old, np.asarray(new))
-        ]
-        assert frozen == []
+def test_every_parameter_is_trained_by_the_mixed_objective(unbroken):
+    mesh, optimizer, _, _ = build(MICRO, PRETRAIN, MeshConfig(devices=1))
+    before = named_leaves(jax.device_get(training.init_state(MICRO, optimizer, mesh, seed=3).params))
+    after = named_leaves(unbroken[0].params)
+    same = [name for name in before if np.array_equal(before[name], after[name])]
+    # In the micro model a group of the GroupNorm is one channel, which removes the bias of the convolution before it.
+    assert [name for name in same if not name.startswith("tokenizer/time_path/convs")] == []
 
 
 def test_training_learns_a_separable_problem():
-    mesh, optimizer, task, step = build(CLASSIFIER, CLASSIFY, MeshConfig(devices=1), lr=5e-3)
+    mesh, optimizer, task, step = build(CLASSIFIER, CLASSIFY, MeshConfig(devices=1), lr=3e-2)
     state = training.init_state(CLASSIFIER, optimizer, mesh, seed=0)
     state, losses = run(step, state, mesh, 0, 40)
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
@@ -140,8 +136,9 @@ def test_frozen_encoder_stays_bit_for_bit_and_the_head_moves():
 def test_warm_start_takes_the_encoder_and_reports_the_rest():
     pretrained = nnx.split(LuMamba(MICRO, rngs=nnx.Rngs(11)))[1]
     warm = training.select_pretrained(CLASSIFIER, pretrained)
-    assert warm.new and all(training.is_head(name) for name in warm.new)
-    assert warm.unused and all(training.is_head(name) for name in warm.unused)
+    for names in (warm.new, warm.unused):
+        assert names
+        assert all(training.is_head(name) for name in names)
     mesh, optimizer, _, _ = build(CLASSIFIER, CLASSIFY, MeshConfig(devices=1))
     state = training.init_state(CLASSIFIER, optimizer, mesh, seed=0, pretrained=warm.loaded)
     source = named_leaves(pretrained)
@@ -149,7 +146,7 @@ def test_warm_start_takes_the_encoder_and_reports_the_rest():
         if name in warm.loaded:
             np.testing.assert_array_equal(np.asarray(leaf), np.asarray(source[name]), err_msg=name)
     same = training.select_pretrained(MICRO, pretrained)
-    assert not same.new and not same.unused
+    assert (same.new, same.unused) == ([], [])
 
 
 def test_non_finite_steps_are_found_in_order():
