@@ -2,8 +2,7 @@
 
 python eval.py metrics runs/finetune                          # the test part of the run's own split
 python eval.py metrics runs/finetune --data OTHER.h5          # every window of another labelled store
-python eval.py embed runs/pretrain windows.h5 --out embeddings.npz
-python eval.py embed CHECKPOINT recording.edf --out embeddings.h5
+python eval.py embed CHECKPOINT recording.edf --out embeddings.h5   # or a window store, or a folder
 """
 
 import dataclasses

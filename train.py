@@ -86,9 +86,9 @@ class Run:
         if checkpoints.latest_step is not None:
             state, progress = checkpoints.restore(abstract_state(self.config.model, self.optimizer, self.mesh))
             return state, Progress(**progress)
-        pretrained = None if warm is None else warm.loaded
+        loaded = None if warm is None else warm.loaded
         seed = self.config.trainer.seed
-        return init_state(self.config.model, self.optimizer, self.mesh, seed=seed, pretrained=pretrained), Progress()
+        return init_state(self.config.model, self.optimizer, self.mesh, seed=seed, pretrained=loaded), Progress()
 
     def train(self, checkpoints: TrainCheckpoints, state: TrainState, progress: Progress) -> tuple[bool, str]:
         """Run the loop; returns (finished, why it ended)."""
@@ -190,7 +190,7 @@ class Run:
 def warm_start(config: ExperimentConfig) -> WarmStart | None:
     """Read the encoder of `trainer.init_from`; prints what is loaded, new and unused."""
     source = config.trainer.init_from
-    if not source:
+    if not source or any((Path(config.trainer.run_dir) / "checkpoints").glob("[0-9]*")):  # a resume has its own state
         return None
     found, params, _ = load_pretrained(source)
     require_same_encoder(found, config.model, source)
@@ -223,8 +223,7 @@ def open_directory(config: ExperimentConfig, windows: Windows) -> None:
 def run(config: ExperimentConfig) -> None:
     """One training session from configuration to results."""
     windows = open_windows(config.data, labelled=config.task.kind != "pretrain")
-    config = resolve(config, windows)
-    session = Run(config, windows)
+    session = Run(config := resolve(config, windows), windows)
     warm = warm_start(config)
     open_directory(config, windows)
     with TrainCheckpoints(session.directory / "checkpoints", keep=config.trainer.keep_checkpoints) as checkpoints:

@@ -129,7 +129,7 @@ def _split(config: DataConfig, subjects: np.ndarray, labels: np.ndarray | None, 
     validation = 0.0 if config.validation else config.validation_fraction
     if config.split_file:
         split = load_split(config.split_file, subjects)
-    elif config.num_folds is not None:
+    elif config.num_folds is not None and config.fold is not None:
         folds = subject_folds(subjects, labels, config.num_folds, config.split_seed, val_fraction=validation)
         split = folds[config.fold]
     else:
@@ -141,21 +141,20 @@ def _split(config: DataConfig, subjects: np.ndarray, labels: np.ndarray | None, 
 
 def _split_labels(stores: Sequence[WindowStore]) -> np.ndarray | None:
     """Labels for the strata, whatever the task: pre-training on a labelled store must use the folds of fine-tuning."""
-    found = [store.labels for store in stores]
-    if any(labels is None or labels.ndim != 1 for labels in found):
-        return None
-    return np.concatenate(found)
+    found = [store.labels for store in stores if store.labels is not None and store.labels.ndim == 1]
+    return np.concatenate(found) if len(found) == len(stores) else None
 
 
 def _labels(stores: Sequence[WindowStore]) -> np.ndarray:
     bare = [str(store.path) for store in stores if store.labels is None]
     if bare:
         raise ValueError(f"{bare[0]} has no labels: prepare it with labels, or train with a pre-training preset")
-    if len({(store.labels.dtype.kind, store.labels.shape[1:]) for store in stores}) > 1:
+    found = [store.labels for store in stores if store.labels is not None]
+    if len({(labels.dtype.kind, labels.shape[1:]) for labels in found}) > 1:
         raise ValueError("the stores have labels of different kinds: prepare them with the same label file format")
     if len({tuple(store.class_names or ()) for store in stores}) > 1:
         raise ValueError("the stores name different classes: prepare them with the same class names")
-    return np.concatenate([store.labels for store in stores])
+    return np.concatenate(found)
 
 
 def _permuted(stores: Sequence[WindowStore], labels: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:

@@ -53,7 +53,7 @@ def save_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
         if path.suffix == ".npz":
-            np.savez(temporary, **columns)
+            np.savez(temporary, allow_pickle=False, **columns)
         else:
             with h5py.File(temporary, "w") as file:
                 for name, values in columns.items():

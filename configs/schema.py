@@ -56,7 +56,7 @@ class DataConfig:
     def __post_init__(self):
         if (self.num_folds is None) != (self.fold is None):
             raise ValueError("data: num_folds and fold belong together: give both or neither")
-        if self.num_folds is not None and not 0 <= self.fold < self.num_folds:
+        if self.num_folds is not None and self.fold is not None and not 0 <= self.fold < self.num_folds:
             raise ValueError(f"data: fold {self.fold} is not one of 0..{self.num_folds - 1}")
         if self.num_folds is not None and (self.validation or self.test or self.split_file):
             raise ValueError("data: folds divide the training stores: leave validation, test and split_file empty")
@@ -214,10 +214,10 @@ def _coerce(value: Any, hint: Any, place: str) -> Any:
         items = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
         if len(items) == len(value):
             return tuple(_coerce(v, item, place) for v, item in zip(value, items, strict=True))
-    if hint is float and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-4 as text
             return float(value)
-        except (TypeError, ValueError):
+        except ValueError:
             pass
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
