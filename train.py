@@ -134,8 +134,8 @@ class Run:
         bad = first_non_finite({k: float(metrics["loss"]) for k, metrics in fetched.items()})
         if bad is not None:
             raise FloatingPointError(
-                f"the loss of step {bad} is not finite: lower optimizer.learning_rate or clip gradients; "
-                f"the last checkpoint in {self.directory} is from before that step"
+                f"the loss of step {bad} is not finite: lower optimizer.lr or set optimizer.clip_grad_norm; "
+                f"checkpoints in {self.directory}, if any, are from before that step"
             )
         means = {name: float(np.mean([m[name] for m in fetched.values()])) for name in fetched[step]}
         optimizer = self.config.optimizer
