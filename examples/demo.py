@@ -32,10 +32,12 @@ from configs.data import Windows, open_windows  # noqa: E402
 from configs.results import baseline_predictions, kind_of  # noqa: E402
 from data_pipeline.loader import LoaderConfig  # noqa: E402
 from lumamba_jax import inference, masking, metrics, report  # noqa: E402
-from lumamba_jax.checkpoint import load_pretrained, save_pretrained  # noqa: E402
-from lumamba_jax.lumamba import LuMamba  # noqa: E402
+from lumamba_jax.checkpoint import BEST_DIRECTORY, abstract_params, read_metadata, save_pretrained  # noqa: E402
+from lumamba_jax.optimizer import make_optimizer  # noqa: E402
 from lumamba_jax.run_log import read_metrics  # noqa: E402
-from lumamba_jax.tasks import forward, normalize  # noqa: E402
+from lumamba_jax.sharding import make_mesh  # noqa: E402
+from lumamba_jax.tasks import forward  # noqa: E402
+from lumamba_jax.training import init_state  # noqa: E402
 
 MARK = ".made-by-demo"  # the folder may be cleared when it holds this file
 SHOWN = ("balanced_accuracy", "auroc", "aupr", "f1_weighted", "kappa", "r2", "rmse", "pearson")
@@ -73,7 +75,7 @@ class Demo:
         arguments = [str(word) for word in words]
         with (self.out / "commands.txt").open("a") as file:
             file.write(f"{shlex.join(['python', *arguments])}\n")
-        log = self.out / "logs" / f"{len(self.steps) + 1}-{name.replace(' ', '-')}.txt"
+        log = self.out / "logs" / f"{len(self.steps) + 1}-{name.replace(' ', '-').replace(',', '')}.txt"
         log.parent.mkdir(exist_ok=True)
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -92,7 +94,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="folder with recordings and labels.csv (file, label, ...)")
     parser.add_argument("--quick", action="store_true", help="a few steps of a micro model: shows that it runs")
     options = parser.parse_args()
-    jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "xla"))
+    configs.enable_compilation_cache()
     try:
         if options.data and not (options.data / "labels.csv").is_file():
             raise ValueError(
@@ -115,20 +117,21 @@ def run(demo: Demo, data: Path | None, *, quick: bool) -> None:
     out, store = demo.out, demo.out / "windows.h5"
     recordings = data or out / "recordings"
     if data is None:
-        size = ("--subjects", "6", "--seconds", "20") if quick else ("--subjects", "12", "--seconds", "60")
+        size = ("--subjects", "6", "--seconds", "20") if quick else ("--subjects", "20", "--seconds", "40")
         demo.command("synthetic recordings", "-m", "data_pipeline.synthetic", recordings, *size)
     labels = ("--labels", recordings / "labels.csv", "--unlabelled", "skip")
     demo.command("recordings to windows", "-m", "data_pipeline.prepare", recordings, store, *labels)
 
     finetuning = configs.load("demo_finetune")
     windows = open_windows(dataclasses.replace(finetuning.data, train=(str(store),)), labelled=True)
-    data_options = ("--data.train", store, *_fitted(windows, quick=quick))
     train, evaluate = (Path(os.path.relpath(REPOSITORY / name)) for name in ("train.py", "eval.py"))
     untrained, pretrained, finetuned = (out / name for name in ("untrained", "pretrain", "finetune"))
 
-    demo.command("pre-training", train, "demo_pretrain", "--trainer.run-dir", pretrained, *data_options)
-    supervised = ("--trainer.run-dir", finetuned, "--trainer.init-from", pretrained, *_task_options(windows))
-    demo.command("fine-tuning", train, "demo_finetune", *supervised, *data_options)
+    options = ("--trainer.run-dir", pretrained, "--data.train", store, *_fitted("demo_pretrain", windows, quick=quick))
+    demo.command("pre-training", train, "demo_pretrain", *options)
+    options = ("--trainer.run-dir", finetuned, "--data.train", store, *_fitted("demo_finetune", windows, quick=quick))
+    options += ("--trainer.init-from", pretrained, "--trainer.baseline", "false", *_task_options(windows))
+    demo.command("fine-tuning", train, "demo_finetune", *options)
     demo.command("scores", evaluate, "metrics", finetuned, "--out", out / "scores.json")
     with demo.step("an untrained model to compare with"):
         _save_untrained(untrained, like=pretrained)
@@ -154,13 +157,13 @@ def _clear(out: Path) -> None:
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def _fitted(windows: Windows, *, quick: bool) -> list[str]:
-    """Options that keep the time about constant: the presets are made for the synthetic recordings, others may have
-    more channels (smaller batches) or fewer windows (a batch must fit into the training windows)."""
+def _fitted(preset: str, windows: Windows, *, quick: bool) -> list[str]:
+    """Options that keep the time of a step about constant: the presets are made for the synthetic recordings, others
+    may have more channels (smaller batches) or too few windows for a batch."""
+    preferred = configs.load(preset).loader.batch_size
     channels = max(len(montage) for montage in windows.stores[0].montages.values())
-    batch = configs.load("demo_pretrain").loader.batch_size
-    batch = max(2, min(batch, batch * 22 // max(channels, 22), len(windows.parts["train"])))
-    options = ["--loader.batch-size", str(batch)]
+    batch = min(preferred, max(2, preferred * 22 // channels), len(windows.parts["train"]))
+    options = [] if batch == preferred else ["--loader.batch-size", str(batch)]
     if quick:
         options += ["--model.embed-dim", "16", "--model.num-queries", "2", "--model.num-blocks", "1"]
         options += ["--trainer.steps", "4", "--trainer.validate-every", "2", "--trainer.log-every", "1"]
@@ -174,11 +177,13 @@ def _task_options(windows: Windows) -> list[str]:
 
 
 def _save_untrained(directory: Path, *, like: Path) -> None:
-    """Export the parameters that the pre-training run `like` began with (same sizes, same seed)."""
-    model_config, _, metadata = load_pretrained(like)
-    seed = configs.load(str(like / "config.yaml")).trainer.seed
-    params = jax.jit(lambda: nnx.split(LuMamba(model_config, rngs=nnx.Rngs(seed)))[1])()
-    save_pretrained(directory, model_config, params, metadata["provenance"] | {"step": 0})
+    """Export the parameters that the pre-training run `like` began with: the same program, sizes and seed."""
+    config, metadata = configs.load(str(like / "config.yaml")), read_metadata(like / BEST_DIRECTORY)
+    optimizer = make_optimizer(
+        config.optimizer, abstract_params(config.model), total_steps=1, max_epochs=1, stage="pretrain"
+    )
+    state = init_state(config.model, optimizer, make_mesh(config.mesh), seed=config.trainer.seed)
+    save_pretrained(directory, config.model, state.params, metadata["provenance"] | {"step": 0})
 
 
 def _embedding_file(model: Path) -> Path:
@@ -193,7 +198,7 @@ def _gather(demo: Demo, windows: Windows, *, real: bool) -> report.RunReport:
     out = demo.out
     pretrained = inference.load(out / "pretrain")
     seen = _observe(pretrained, windows)
-    outcome, scores = _outcome(out / "finetune", windows)
+    outcome, scores = _outcome(out / "scores.npz", windows)
     return report.RunReport(
         title="LuMamba on your recordings" if real else "LuMamba on synthetic recordings",
         facts=_facts(windows, pretrained),
@@ -232,7 +237,7 @@ def _losses(run_dir: Path, title: str) -> report.LossCurves:
             (line["step"], np.nan if line["loss"] is None else line["loss"]) for line in lines if line["split"] == split
         ]
         curves[split] = (np.array([step for step, _ in own]), np.array([loss for _, loss in own], dtype=float))
-    return report.LossCurves(title, curves, best_step=load_pretrained(run_dir)[2]["provenance"]["step"])
+    return report.LossCurves(title, curves, best_step=read_metadata(run_dir / BEST_DIRECTORY)["provenance"]["step"])
 
 
 @dataclass(frozen=True)
@@ -257,23 +262,25 @@ def _observe(model: inference.LoadedModel, windows: Windows) -> Observed:
     loader = LoaderConfig(batch_size=min(16, len(chosen)), patch_size=model.config.patch_size, grouping="padded")
     batches = dataclasses.replace(windows, parts={"test": chosen}).batches("test", loader.for_evaluation())
 
+    masks = ("channel_mask", "patch_mask")
+    ratio, patch = model.task["mask_ratio"], tuple(model.task["mask_patch"])
+
     @jax.jit
-    def look(params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        module = nnx.merge(model.graphdef, params)
-        masks = {name: batch[name] for name in ("channel_mask", "patch_mask")}
-        patch, ratio = tuple(model.task["mask_patch"]), model.task["mask_ratio"]
-        key = masking.stream_key(0, "mask", 0)
-        hidden = masking.draw_mask(key, batch["signal"].shape, ratio=ratio, patch=patch, **masks)
-        output, signal = forward(module, batch, model.normalization, mask=hidden)
-        attention = module.encode(normalize(batch, model.normalization), batch["locations"], **masks).attention_scores
-        return signal, output.reconstruction, hidden, attention.mean(axis=1)
+    def look(params: nnx.State, batch: dict[str, jax.Array], hidden: jax.Array) -> tuple[jax.Array, ...]:
+        output, signal = forward(nnx.merge(model.graphdef, params), batch, model.normalization, mask=hidden)
+        return signal, output.reconstruction, output.attention_scores.mean(axis=1)
 
     parts = []
-    for batch in batches:
+    for number, batch in enumerate(batches):
         real = batch["window_mask"]
         arrays = {name: value for name, value in batch.items() if name != "label"}
-        seen = jax.device_get(look(model.params, arrays))
-        parts.append([value[real] for value in (batch["window_id"], batch["signal"], *seen)])
+        key = masking.stream_key(0, "mask", number)
+        padding = {name: arrays[name] for name in masks}
+        hidden = np.asarray(masking.draw_mask(key, batch["signal"].shape, ratio=ratio, patch=patch, **padding))
+        signal, reconstruction, _ = look(model.params, arrays, hidden)
+        attention = look(model.params, arrays, np.zeros_like(hidden))[2]
+        values = (batch["window_id"], batch["signal"], signal, reconstruction, hidden, attention)
+        parts.append([np.asarray(value)[real] for value in values])
     return Observed(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
@@ -310,20 +317,20 @@ def _attention(seen: Observed, windows: Windows) -> list[report.AttentionMap]:
 
 
 def _outcome(
-    run_dir: Path, windows: Windows
+    predictions: Path, windows: Windows
 ) -> tuple[report.Decisions | report.Estimates, dict[str, dict[str, metrics.Estimate]]]:
-    """Test predictions of the fine-tuned model and of the baseline, and their scores."""
-    with np.load(run_dir / "predictions_test.npz") as file:
+    """Test predictions of the fine-tuned model (as eval.py stored them) and of the baseline, and their scores."""
+    with np.load(predictions) as file:
         ours = metrics.Predictions(*(file[name] for name in ("logits", "labels", "window_id", "recording", "subject")))
-    predictions = {OURS: ours, BASELINE: baseline_predictions(windows, "test")}
+    models = {OURS: ours, BASELINE: baseline_predictions(windows, "test")}
     kind = kind_of("regress" if windows.class_names is None else "classify", windows.labels)
     scores = {}
-    for name, of_model in predictions.items():
+    for name, of_model in models.items():
         found = metrics.evaluate(of_model, kind, class_names=windows.class_names).levels["window"].metrics
         scores[name] = {score: found[score] for score in SHOWN if score in found}
     if kind == "regression":
-        return report.Estimates(ours.labels, {name: p.logits for name, p in predictions.items()}), scores
-    shares = {name: np.asarray(jax.nn.softmax(p.logits, axis=-1)) for name, p in predictions.items()}
+        return report.Estimates(ours.labels, {name: p.logits for name, p in models.items()}), scores
+    shares = {name: np.asarray(jax.nn.softmax(p.logits, axis=-1)) for name, p in models.items()}
     return report.Decisions(ours.labels, windows.class_names, shares), scores
 
 

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 # Okabe-Ito, readable with every kind of colour vision
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7a5195", "#8c8c00")
 _INK, _GREY, _SHADE = "#24292f", "#8b949e", "#e7ecf1"
+_SCORE_NAMES = {"auroc": "AUROC", "aupr": "AUPR", "kappa": "Cohen's kappa", "f1_weighted": "weighted F1"}
+_SCORE_NAMES |= {"r2": "R²", "rmse": "RMSE", "pearson": "Pearson r"}
 _SHOWN_CHANNELS = 8
+_PIXELS_PER_INCH = 96  # of panels on the page: their text has one size wherever there is room
 _MERGED_M = 0.004  # electrodes closer than this on the map are one place, which no interpolation survives
 _NEIGHBOURS = 5
 
@@ -185,7 +188,7 @@ p.note, figcaption { color: #57606a; font-size: 0.9rem; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; align-items: flex-start; }
 .scroll { overflow-x: auto; }
 figure { margin: 0.6rem 0; max-width: 100%; }
-figure.half { flex: 1 1 19rem; max-width: 29rem; }
+figure.panel { flex: 0 1 auto; }
 figure.map { flex: 0 1 9.5rem; }
 figure.wide img { min-width: 40rem; }
 img { width: 100%; height: auto; display: block; }
@@ -224,7 +227,7 @@ def _figure(
     alt: str,
     draw: Callable[..., None],
     *arguments: object,
-    kind: str = "half",
+    kind: str = "panel",
     caption: str = "",
 ) -> str:
     """`draw(axes, *arguments)` on axes of `size` inches, as HTML; `kind` is its CSS class."""
@@ -239,7 +242,8 @@ def _figure(
     image = f'<img alt="{html.escape(alt, quote=True)}" src="data:image/svg+xml;base64,{data}">'
     if kind == "wide":
         image = f'<div class="scroll">{image}</div>'
-    return f'<figure class="{kind}">{image}{below}</figure>'
+    width = f' style="flex-basis: {_PIXELS_PER_INCH * size[0]:.0f}px"' if kind == "panel" else ""
+    return f'<figure class="{kind}"{width}>{image}{below}</figure>'
 
 
 def _style() -> dict[str, Any]:
@@ -284,7 +288,8 @@ def _scores(scores: Mapping[str, Mapping[str, Estimate]], note: str) -> str:
     if not names:
         return ""
     rows = [
-        (html.escape(name.replace("_", " ")), *(_cell(model.get(name)) for model in scores.values())) for name in names
+        (html.escape(_SCORE_NAMES.get(name, name.replace("_", " "))), *(_cell(m.get(name)) for m in scores.values()))
+        for name in names
     ]
     return _note(note) + _table(("", *map(html.escape, scores)), rows)
 
@@ -316,6 +321,7 @@ def _draw_losses(axes: "Axes", run: LossCurves) -> None:
     if run.best_step is not None:
         axes.axvline(run.best_step, color=_GREY, lw=1, ls=":", label=f"best, step {run.best_step}")
     axes.set(title=run.title, xlabel="optimizer step", ylabel="loss")
+    axes.set_xlim(left=0)
     axes.legend()
 
 
@@ -367,7 +373,7 @@ def _draw_reconstruction(axes: "Axes", window: Reconstruction, shown: np.ndarray
         axes.plot(time, level + seen, color=_COLORS[0], lw=0.9, alpha=0.35, label="reconstruction, visible")
         axes.plot(time, level + unseen, color=_COLORS[3], lw=1.3, label="reconstruction, hidden")
     axes.set_yticks(-np.arange(len(shown)) * step, [str(window.ch_names[i]) for i in shown])
-    axes.set_ylim(-(len(shown) - 0.3) * step, 0.75 * step)
+    axes.set_ylim(-(len(shown) - 0.35) * step, 0.8 * step)
     axes.set_xlim(0, window.signal_uv.shape[1] / window.sfreq * 1.06)
     axes.set_xlabel("seconds")
     axes.grid(visible=False)
@@ -494,14 +500,14 @@ def _decision_figures(decisions: Decisions) -> list[str]:
                 f"{name}: {len(labels)} windows of {classes} classes need probabilities of that shape, "
                 f"found {np.shape(probabilities)}"
             )
-    side = min(1.9 + 0.42 * max(classes, 3), 6.0)
+    side = min(1.8 + 0.4 * max(classes, 3), 6.0)
     figures = [
         _figure((side, side - 0.3), f"Confusion matrix of {name}", _draw_confusion, decisions, name)
         for name in decisions.probabilities
     ]
     if len(np.unique(labels)) < 2:
         return [*figures, _note("No ROC curve: the test windows are all of one class.")]
-    return [*figures, _figure((4.0, 3.6), "ROC curves", _draw_roc, decisions)]
+    return [*figures, _figure((3.5, 3.3), "ROC curves", _draw_roc, decisions)]
 
 
 def _draw_confusion(axes: "Axes", decisions: Decisions, name: str) -> None:
