@@ -43,7 +43,7 @@ MARK = ".made-by-demo"  # the folder may be cleared when it holds this file
 SHOWN = ("balanced_accuracy", "auroc", "aupr", "f1_weighted", "kappa", "r2", "rmse", "pearson")
 OURS, BASELINE = "LuMamba", "band power"
 OBSERVED = 64  # test windows that attention maps and reconstructions are taken from
-MAPPED = 1500  # windows in an embedding map
+MAPPED = 1500  # test windows in an embedding map
 
 
 class StepError(Exception):
@@ -135,7 +135,7 @@ def run(demo: Demo, data: Path | None, *, quick: bool) -> None:
     demo.command("scores", evaluate, "metrics", finetuned, "--out", out / "scores.json")
     with demo.step("an untrained model to compare with"):
         _save_untrained(untrained, like=pretrained)
-    for model in (untrained, pretrained):
+    for model in (untrained, pretrained, finetuned):
         demo.command(f"embeddings, {model.name}", evaluate, "embed", model, store, "--out", _embedding_file(model))
     with demo.step("report"):
         content = _gather(demo, windows, real=data is not None)
@@ -218,7 +218,7 @@ def _facts(windows: Windows, model: inference.LoadedModel) -> dict[str, str]:
     store, config = windows.stores[0], model.config
     montages = ", ".join(f"{name} ({len(montage)} channels)" for name, montage in store.montages.items())
     parts = ", ".join(f"{len(rows)} {part}" for part, rows in windows.parts.items())
-    sizes = f"embed_dim {config.embed_dim}, {config.num_queries} queries, {config.num_blocks} Mamba blocks"
+    sizes = f"embed_dim {config.embed_dim}, {config.num_queries} queries, blocks {config.num_blocks}"
     return {
         "recordings": f"{len(np.unique(windows.recordings))} of {len(np.unique(windows.subjects))} subjects",
         "montages": montages,
@@ -257,8 +257,7 @@ class Observed:
 
 def _observe(model: inference.LoadedModel, windows: Windows) -> Observed:
     """Run the pre-trained model on up to OBSERVED test windows, spread over the test subjects."""
-    rows = windows.parts["test"]
-    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(OBSERVED, len(rows))).round().astype(int))]
+    chosen = _spread(windows.parts["test"], OBSERVED)
     loader = LoaderConfig(batch_size=min(16, len(chosen)), patch_size=model.config.patch_size, grouping="padded")
     batches = dataclasses.replace(windows, parts={"test": chosen}).batches("test", loader.for_evaluation())
 
@@ -335,19 +334,26 @@ def _outcome(
 
 
 def _embedding_maps(out: Path, windows: Windows) -> report.EmbeddingMaps:
-    """Every window (at most MAPPED, evenly chosen) before and after pre-training."""
+    """The test windows (at most MAPPED, evenly chosen) before and after pre-training, and after fine-tuning."""
+    moments = {"untrained": "Before pre-training", "pretrain": "After pre-training", "finetune": "After fine-tuning"}
     embeddings = {}
-    for moment, name in (("Before pre-training", "untrained"), ("After pre-training", "pretrain")):
+    for name, moment in moments.items():
         with np.load(_embedding_file(out / name)) as file:
             embeddings[moment] = file["embeddings"]
-    chosen = np.unique(np.linspace(0, len(windows.subjects) - 1, MAPPED).round().astype(int))
+    chosen = _spread(windows.parts["test"], MAPPED)
     labels = windows.labels if windows.labels.ndim == 1 else windows.labels[:, 0]
     return report.EmbeddingMaps(
         {moment: values[chosen] for moment, values in embeddings.items()},
         windows.subjects[chosen],
         labels[chosen],
         windows.class_names or (),
+        "Windows of the test subjects.",
     )
+
+
+def _spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of `rows`, evenly spaced."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int))]
 
 
 def _print_scores(console: Console, content: report.RunReport) -> None:

@@ -92,12 +92,14 @@ class EmbeddingMaps:
         subjects: `(n,)` subject of each window.
         labels: `(n,)` class numbers, or floats of a regression; None = windows without labels.
         class_names: names of the classes.
+        caption: which windows these are.
     """
 
     embeddings: Mapping[str, Float[np.ndarray, "n M"]]
     subjects: Shaped[np.ndarray, "n"]
     labels: Shaped[np.ndarray, "n"] | None = None
     class_names: Sequence[str] = ()
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -594,7 +596,8 @@ def _embeddings(maps: EmbeddingMaps | None) -> str:
         rows.append(f'<div class="row">{"".join(figures)}</div>')
     note = (
         "One point for each window: its mean embedding on the first two principal components (in brackets, their share "
-        "of the variance). What separates in the full space need not separate in this plane: see the neighbours."
+        "of the variance). What separates in the full space need not separate in this plane: see the neighbours. "
+        f"{maps.caption}"
     )
     return _note(note) + "".join(rows)
 
