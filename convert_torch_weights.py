@@ -111,7 +111,8 @@ def _check(manifest: Path, names: list[str] | None, *, x64: bool) -> int:
     failed = [case.name for case in checked if not _print_case(case, x64=x64)]
     print(f"\n{len(checked) - len(failed)} of {len(checked)} cases pass in {'float64' if x64 else 'float32'}")
     if skipped:
-        print("not a LuMamba model, not checked: " + ", ".join(f"{count} {family}" for family, count in skipped.items()))
+        counts = ", ".join(f"{count} {family}" for family, count in skipped.items())
+        print(f"not a LuMamba model, not checked: {counts}")
     if failed:
         print("FAILED: " + ", ".join(failed))
     return 1 if failed else 0
