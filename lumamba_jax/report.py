@@ -338,17 +338,22 @@ def _reconstruction(window: Reconstruction | None) -> str:
         raise ValueError(f"signal {shape}, reconstruction, hidden samples and channel names must belong to one window")
     shown = np.unique(np.linspace(0, shape[0] - 1, min(_SHOWN_CHANNELS, shape[0])).round().astype(int))
     note = (
-        "The model sees the white stretches and fills in the shaded ones. "
-        f"It explains {_share(_explained(window))} of the variance of the samples it could not see "
-        f"(all {shape[0]} channels of this window; {len(shown)} are drawn). {window.caption}"
+        f"The model sees the white stretches and fills in the shaded ones. {_explained_in_words(window)} "
+        f"{window.caption} {len(shown)} of its {shape[0]} channels are drawn."
     )
     size = (9.0, 0.9 + 0.62 * max(len(shown), 2))
     alt = "True signal and reconstruction of one window, hidden patches shaded"
     return _note(note) + _figure(size, alt, _draw_reconstruction, window, shown, kind="wide")
 
 
-def _share(value: float) -> str:
-    return "no part" if not value > 0 else f"{100 * value:.0f} %"
+def _explained_in_words(window: Reconstruction) -> str:
+    share = _explained(window)
+    if not share >= 0.005:
+        return (
+            "Of the variance of the samples it could not see it explains nothing: a flat reconstruction is the mean, "
+            "the first thing that pre-training learns; longer pre-training is needed for more."
+        )
+    return f"It explains {100 * share:.0f} % of the variance of the samples it could not see, over all channels."
 
 
 def _explained(window: Reconstruction) -> float:
