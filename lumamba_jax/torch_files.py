@@ -12,12 +12,10 @@ that begins with the path.
 import hashlib
 import json
 import math
-import pickletools
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,20 +23,15 @@ import ml_dtypes  # the safetensors reader needs bfloat16 registered with NumPy
 import numpy as np
 from safetensors import safe_open
 
+from lumamba_jax.torch_pickle import TensorView, is_shape, is_size, parse_weights, quoted
+
 LIGHTNING_PREFIX = "model."
 INDEX_SUFFIX = ".safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
-WEIGHT_KEYS = ("state_dict", "model_state_dict", "model")
-"""Where training programs put the weights in a checkpoint, the first being Lightning's."""
 MAX_DIRECTORY_BYTES = 8 << 20
 """What a file may spend on listing its tensors: safetensors header, shard index, zip directory (ours need < 200 kB)."""
-MAX_OPCODES = 1_000_000
-"""Of one pickle; a tensor takes about 30, with its optimizer state about 100."""
-MAX_STACK = 100_000
-MAX_NESTING = 1_000
 MAX_EXPANSION = 4
 """Tensors that share storage are copied apart; together they may take this many times the size of the file."""
-MAX_AXES = 32
 
 _DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -55,24 +48,6 @@ _DTYPES: Mapping[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_TORCH_NAMES: Mapping[str, tuple[str, str]] = {  # of typed storages, and of dtypes beside an untyped storage
-    "F64": ("DoubleStorage", "float64"),
-    "F32": ("FloatStorage", "float32"),
-    "F16": ("HalfStorage", "float16"),
-    "BF16": ("BFloat16Storage", "bfloat16"),
-    "I64": ("LongStorage", "int64"),
-    "I32": ("IntStorage", "int32"),
-    "I16": ("ShortStorage", "int16"),
-    "I8": ("CharStorage", "int8"),
-    "U64": ("UInt64Storage", "uint64"),
-    "U32": ("UInt32Storage", "uint32"),
-    "U16": ("UInt16Storage", "uint16"),
-    "U8": ("ByteStorage", "uint8"),
-    "BOOL": ("BoolStorage", "bool"),
-}
-_UNTYPED_STORAGES = ("torch.storage.UntypedStorage", "torch.storage._UntypedStorage", "torch.UntypedStorage")
-_STORAGE_DTYPES = {f"torch.{storage}": _DTYPES[key] for key, (storage, _) in _TORCH_NAMES.items()}
-_TORCH_DTYPES = {f"torch.{dtype}": _DTYPES[key] for key, (_, dtype) in _TORCH_NAMES.items()}
 
 
 class _Refused(Exception):  # noqa: N818
@@ -103,7 +78,7 @@ def read_tensors(paths: Iterable[str | Path]) -> dict[str, np.ndarray]:
             for name, tensor in _read(path).items():
                 bare = name.removeprefix(LIGHTNING_PREFIX)
                 if bare in tensors:
-                    raise _Refused(f"tensor {_quoted(bare)} occurs twice; the files must hold each tensor once")
+                    raise _Refused(f"tensor {quoted(bare)} occurs twice; the files must hold each tensor once")
                 tensors[bare] = tensor
     return tensors
 
@@ -177,11 +152,6 @@ def _one_line(error: Exception) -> str:
     return ascii(str(error))[1:-1][:200]
 
 
-def _quoted(name: str) -> str:
-    """A name from a file, fit to be printed: no line breaks or lone surrogates, not too long."""
-    return ascii(name) if len(name) <= 100 else f"{name[:100]!a}..."
-
-
 def _require_file(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; give a .safetensors, .ckpt or .pt file, or an index of shards")
@@ -230,7 +200,7 @@ def _parse_json(text: bytes, what: str) -> dict[str, object]:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise _Refused(f"{what} names {_quoted(twice)} twice")
+            raise _Refused(f"{what} names {quoted(twice)} twice")
         return found
 
     with _damage(what):
@@ -238,15 +208,6 @@ def _parse_json(text: bytes, what: str) -> dict[str, object]:
     if not isinstance(parsed, dict):
         raise _Refused(f"{what} is not a JSON object")
     return parsed
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _fits(shape: Iterable[int]) -> bool:
-    """Whether NumPy can hold the shape, also when another axis is empty."""
-    return math.prod(n for n in shape if n) < 2**48
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
@@ -278,7 +239,7 @@ def _check_safetensors_header(path: Path) -> None:
     end = 0
     for start, stop, name in sorted(spans):
         if start != end:
-            raise _Refused(f"tensor {_quoted(name)} starts at byte {start} of the data, expected {end}")
+            raise _Refused(f"tensor {quoted(name)} starts at byte {start} of the data, expected {end}")
         end = stop
     if end != size - 8 - length:
         raise _Refused(
@@ -288,19 +249,19 @@ def _check_safetensors_header(path: Path) -> None:
 
 def _safetensors_span(name: str, entry: object) -> tuple[int, int]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _Refused(f"tensor {_quoted(name)} is not described by exactly dtype, shape and data_offsets")
+        raise _Refused(f"tensor {quoted(name)} is not described by exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _Refused(f"tensor {_quoted(name)} is of no known dtype; known are {', '.join(_DTYPES)}")
-    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(map(_is_size, shape)) or not _fits(shape):
-        raise _Refused(f"tensor {_quoted(name)} has no possible shape")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise _Refused(f"tensor {_quoted(name)} has no possible data_offsets")
+        raise _Refused(f"tensor {quoted(name)} is of no known dtype; known are {', '.join(_DTYPES)}")
+    if not isinstance(shape, list) or not is_shape(shape):
+        raise _Refused(f"tensor {quoted(name)} has no possible shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
+        raise _Refused(f"tensor {quoted(name)} has no possible data_offsets")
     start, stop = offsets
     needed = math.prod(shape) * _DTYPES[dtype].itemsize
     if stop - start != needed:
         raise _Refused(
-            f"tensor {_quoted(name)} of {dtype} {shape} needs {needed} bytes; its offsets span {stop - start}"
+            f"tensor {quoted(name)} of {dtype} {shape} needs {needed} bytes; its offsets span {stop - start}"
         )
     return start, stop
 
@@ -309,7 +270,7 @@ def _read_index(path: Path) -> dict[str, np.ndarray]:
     shards = _shards_of_index(path)
     missing = [name for name in shards if not (path.parent / name).is_file()]
     if missing:
-        listed = ", ".join(map(_quoted, missing[:20]))
+        listed = ", ".join(map(quoted, missing[:20]))
         raise FileNotFoundError(f"{path}: {len(missing)} of {len(shards)} shards are not beside it: {listed}")
     tensors: dict[str, np.ndarray] = {}
     for shard, expected in shards.items():
@@ -318,11 +279,11 @@ def _read_index(path: Path) -> dict[str, np.ndarray]:
                 raise _Refused("is not a safetensors file")
             found = _read_safetensors(path.parent / shard)
         except _Refused as reason:
-            raise _Refused(f"its shard {_quoted(shard)}: {reason}") from reason.__cause__
+            raise _Refused(f"its shard {quoted(shard)}: {reason}") from reason.__cause__
         for names, problem in ((expected - found.keys(), "lacks"), (found.keys() - expected, "has unlisted")):
             if names:
-                listed = ", ".join(map(_quoted, sorted(names)[:20]))
-                raise _Refused(f"its shard {_quoted(shard)} {problem} tensors: {listed}")
+                listed = ", ".join(map(quoted, sorted(names)[:20]))
+                raise _Refused(f"its shard {quoted(shard)} {problem} tensors: {listed}")
         tensors |= found
     return tensors
 
@@ -342,10 +303,10 @@ def _shards_of_index(path: Path) -> dict[str, set[str]]:
     shards: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise _Refused(f"puts tensor {_quoted(tensor)} into no shard")
+            raise _Refused(f"puts tensor {quoted(tensor)} into no shard")
         plain = shard not in ("", ".", "..") and not set(shard) & set("/\\:\0")
         if not plain:
-            raise _Refused(f"puts tensor {_quoted(tensor)} into a shard that is no plain file name: {_quoted(shard)}")
+            raise _Refused(f"puts tensor {quoted(tensor)} into a shard that is no plain file name: {quoted(shard)}")
         shards.setdefault(shard, set()).add(tensor)
     return shards
 
@@ -363,10 +324,13 @@ def _read_checkpoint(path: Path) -> dict[str, np.ndarray]:
         folder = _checkpoint_folder(entries)
         storages = {name.removeprefix(f"{folder}data/"): info for name, info in entries.items() if "/data/" in name}
         big_endian = _is_big_endian(archive, entries.get(f"{folder}byteorder"))
-        parser = _PickleParser()
-        views = _weights(parser.parse(_bytes_of(archive, entries[f"{folder}data.pkl"])))
-        if unused := storages.keys() - parser.storage_keys:
-            raise _Refused(f"has storages that no tensor names: {', '.join(map(_quoted, sorted(unused)[:20]))}")
+        pickle = _bytes_of(archive, entries[f"{folder}data.pkl"])
+        try:
+            views, keys = parse_weights(pickle)
+        except ValueError as reason:
+            raise _Refused(str(reason)) from reason.__cause__
+        if unused := storages.keys() - keys:
+            raise _Refused(f"has storages that no tensor names: {', '.join(map(quoted, sorted(unused)[:20]))}")
         _check_views(views, storages, size)
         return _materialise(archive, storages, views, big_endian=big_endian)
 
@@ -392,7 +356,7 @@ def _checked_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
             raise _Refused(
-                f"is a zip archive whose entry {_quoted(info.filename)} is not stored plainly, as torch.save does"
+                f"is a zip archive whose entry {quoted(info.filename)} is not stored plainly, as torch.save does"
             )
     if sum(info.file_size for info in infos) > size:
         raise _Refused("is a zip archive whose entries claim more bytes than the file has")
@@ -412,10 +376,10 @@ def _checkpoint_folder(entries: Mapping[str, zipfile.ZipInfo]) -> str:
 
 
 def _bytes_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    with _damage(f"the zip entry {_quoted(info.filename)}"):
+    with _damage(f"the zip entry {quoted(info.filename)}"):
         found = archive.read(info)
     if len(found) != info.file_size:
-        raise _Refused(f"the zip entry {_quoted(info.filename)} is truncated")
+        raise _Refused(f"the zip entry {quoted(info.filename)} is truncated")
     return found
 
 
@@ -426,36 +390,13 @@ def _is_big_endian(archive: zipfile.ZipFile, info: zipfile.ZipInfo | None) -> bo
     return order == b"big"
 
 
-def _weights(top: object) -> dict[str, "_View"]:
-    """The mapping of names to tensors: the top of the checkpoint, or what its usual names for it hold."""
-    if not isinstance(top, _Mapping):
-        raise _Refused(f"holds {_said(top)} instead of weights; save model.state_dict() with torch.save or safetensors")
-    found = {key: top.items[key] for key in WEIGHT_KEYS if isinstance(top.items.get(key), _Mapping)}
-    if len(found) > 1:
-        raise _Refused(f"may hold weights under {' and '.join(found)}; save the state dict alone")
-    if top.repeated in WEIGHT_KEYS:
-        raise _Refused(f"holds {top.repeated} twice")
-    weights = next(iter(found.values()), top)
-    assert isinstance(weights, _Mapping)
-    if weights.repeated is not None:
-        raise _Refused(f"tensor {_quoted(weights.repeated)} occurs twice; the files must hold each tensor once")
-    if weights.odd_key is not None:
-        raise _Refused(f"weights are named by {weights.odd_key}, not by a string")
-    views = {}
-    for name, view in weights.items.items():
-        if not isinstance(view, _View):
-            raise _Refused(f"weight {_quoted(name)} is {_said(view)}, not a tensor that can be read")
-        views[name] = view
-    return views
-
-
-def _check_views(views: Mapping[str, "_View"], entries: Mapping[str, zipfile.ZipInfo], size: int) -> None:
+def _check_views(views: Mapping[str, TensorView], entries: Mapping[str, zipfile.ZipInfo], size: int) -> None:
     for name, view in views.items():
         entry = entries.get(view.storage.key)
         if entry is None:
-            raise _Refused(f"lacks the storage of tensor {_quoted(name)}: data/{view.storage.key}")
+            raise _Refused(f"lacks the storage of tensor {quoted(name)}: data/{view.storage.key}")
         if problem := view.problem(entry.file_size):
-            raise _Refused(f"tensor {_quoted(name)} {problem}")
+            raise _Refused(f"tensor {quoted(name)} {problem}")
     total = sum(view.nbytes for view in views.values())
     if total > MAX_EXPANSION * size:
         raise _Refused(f"lists tensors of {total} bytes in a file of {size}; at most {MAX_EXPANSION} times are read")
@@ -464,7 +405,7 @@ def _check_views(views: Mapping[str, "_View"], entries: Mapping[str, zipfile.Zip
 def _materialise(
     archive: zipfile.ZipFile,
     entries: Mapping[str, zipfile.ZipInfo],
-    views: Mapping[str, "_View"],
+    views: Mapping[str, TensorView],
     *,
     big_endian: bool,
 ) -> dict[str, np.ndarray]:
@@ -477,306 +418,3 @@ def _materialise(
         raw = np.frombuffer(_bytes_of(archive, entries[key]), np.uint8)
         tensors |= {name: views[name].of(raw, big_endian=big_endian) for name in names}
     return {name: tensors[name] for name in views}
-
-
-# --- the pickle of a checkpoint, parsed only -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Inert:
-    """A value of a class we do not build, or that is not what it should be; harmless unless it is a weight."""
-
-    what: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Global:
-    """The name of a class or function. Nothing looks it up."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Storage:
-    """An entry of the archive: `numel` elements of `dtype`, or bytes without one."""
-
-    key: str
-    dtype: np.dtype | None
-    numel: int
-
-
-class _Mapping:
-    """A dict or OrderedDict. Only string keys are kept; others are not even hashed, as nested ones would recurse."""
-
-    __slots__ = ("items", "odd_key", "repeated")
-
-    def __init__(self):
-        self.items: dict[str, object] = {}
-        self.repeated: str | None = None
-        self.odd_key: str | None = None
-
-    def update(self, flat: list[object]) -> None:
-        if len(flat) % 2:
-            raise _Refused("its pickle is damaged (a key without a value)")
-        for key, value in zip(flat[::2], flat[1::2], strict=True):
-            if not isinstance(key, str):
-                self.odd_key = _said(key)
-            elif key in self.items:
-                self.repeated = key
-            else:
-                self.items[key] = value
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _View:
-    """A tensor as torch stores it: strides and offset into a storage, in elements."""
-
-    storage: _Storage
-    dtype: np.dtype
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def problem(self, available: int) -> str | None:
-        """Why the view cannot be read from a storage of `available` bytes; None if it can."""
-        itemsize = 1 if self.storage.dtype is None else self.storage.dtype.itemsize
-        if self.storage.numel * itemsize != available:
-            return f"claims a storage of {self.storage.numel * itemsize} bytes; data/{self.storage.key} has {available}"
-        if not _fits(self.shape):
-            return "has an impossible shape"
-        if available % self.dtype.itemsize or self.offset > available // self.dtype.itemsize:
-            return "starts outside its storage"
-        if 0 in self.shape:
-            return None
-        last = self.offset  # the reach of the axes passed so far, from the innermost outwards
-        for stride, n in sorted((stride, n) for stride, n in zip(self.strides, self.shape, strict=True) if n > 1):
-            if stride <= last - self.offset:
-                return "has overlapping elements; save it after .contiguous()"
-            last += stride * (n - 1)
-        return "reaches outside its storage" if last >= available // self.dtype.itemsize else None
-
-    def of(self, raw: np.ndarray, *, big_endian: bool) -> np.ndarray:
-        """A copy of the elements, contiguous and in native byte order, from the bytes of the storage."""
-        itemsize = self.dtype.itemsize
-        if 0 in self.shape:
-            return np.empty(self.shape, self.dtype)
-        if big_endian:
-            raw = np.ascontiguousarray(raw.reshape(-1, itemsize)[:, ::-1]).reshape(-1)
-        flat = raw.view(self.dtype)[self.offset :]
-        strides = tuple(stride * itemsize if n > 1 else 0 for stride, n in zip(self.strides, self.shape, strict=True))
-        return np.array(np.lib.stride_tricks.as_strided(flat, self.shape, strides), order="C")
-
-
-def _said(value: object) -> str:
-    if isinstance(value, _Inert):
-        return value.what
-    if isinstance(value, _Global):
-        return f"the name {_quoted(value.name)}"
-    return "a mapping" if isinstance(value, _Mapping) else f"a {type(value).__name__.lstrip('_').lower()}"
-
-
-class _PickleParser:
-    """Parses one pickle into inert values: the opcodes of protocols 0 to 5 on a stack, with a memo, and no imports.
-
-    What is understood is what weights consist of: scalars, strings, lists, tuples, mappings and torch's own way of
-    naming tensors. Any other object becomes `_Inert`, whatever its class wants to be called with.
-    """
-
-    def __init__(self):
-        self.storage_keys: set[str] = set()
-        self._stack: list[object] = []
-        self._marked: list[list[object]] = []  # the stacks below the open marks
-        self._memo: dict[int, object] = {}
-
-    def parse(self, pickle: bytes) -> object:
-        """The value the pickle describes."""
-        stop = -1
-        for count, (opcode, argument, stop) in enumerate(_opcodes(pickle)):
-            if count > MAX_OPCODES or len(self._stack) > MAX_STACK or len(self._marked) > MAX_NESTING:
-                raise _Refused(f"its pickle is larger than a checkpoint's ({MAX_OPCODES} opcodes, {MAX_NESTING} deep)")
-            try:
-                self._step(opcode.name, argument)
-            except (IndexError, KeyError) as error:  # the stack or the memo does not hold what the opcode needs
-                raise _Refused(f"its pickle is damaged ({opcode.name} at byte {stop})") from error
-        if self._marked or len(self._stack) != 1 or stop != len(pickle) - 1:
-            raise _Refused("its pickle is damaged (it ends too early)")
-        return self._stack[0]
-
-    def _step(self, name: str, argument: object) -> None:
-        stack = self._stack
-        match name:
-            case "PROTO" | "FRAME" | "STOP":
-                pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-            case "MARK":
-                self._marked.append(stack)
-                self._stack = []
-            case "POP":
-                self._pop(1) if stack else self._since_mark()
-            case "POP_MARK":
-                self._since_mark()
-            case "DUP":
-                stack.append(stack[-1])
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self._memo[_memo_key(argument)])
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self._memo[_memo_key(argument)] = stack[-1]
-            case "MEMOIZE":
-                self._memo[len(self._memo)] = stack[-1]
-            case "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT":
-                stack.append(argument)
-            case "UNICODE" | "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8" | "BYTEARRAY8":
-                stack.append(argument)
-            case "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
-                stack.append(argument)
-            case _:
-                self._build(name, argument)
-
-    def _build(self, name: str, argument: object) -> None:
-        match name:
-            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                self._stack.append(tuple(self._pop(("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3").index(name))))
-            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
-                self._stack.append({"EMPTY_LIST": list, "EMPTY_DICT": _Mapping}.get(name, _some_set)())
-            case "TUPLE" | "LIST" | "DICT" | "FROZENSET":
-                items = self._since_mark()
-                made = {"TUPLE": tuple, "LIST": list}.get(name, _some_set)
-                self._stack.append(_mapping_of(items) if name == "DICT" else made(items))
-            case "APPEND" | "APPENDS" | "ADDITEMS":
-                items = self._pop(1) if name == "APPEND" else self._since_mark()
-                if isinstance(target := self._target(list), list):
-                    target.extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = self._pop(2) if name == "SETITEM" else self._since_mark()
-                if isinstance(target := self._target(_Mapping), _Mapping):
-                    target.update(items)
-            case "BUILD":  # attributes of an object; those of a state dict are versions of modules
-                self._pop(1)
-                self._target(_Mapping)
-            case _:
-                self._make(name, argument)
-
-    def _make(self, name: str, argument: object) -> None:
-        """The opcodes by which a pickle imports and calls. Here they only name."""
-        match name:
-            case "GLOBAL":
-                made = _Global(str(argument).replace(" ", ".", 1))
-            case "STACK_GLOBAL":
-                module, attribute = self._pop(2)
-                made = (
-                    _Global(f"{module}.{attribute}") if isinstance(module, str) and isinstance(attribute, str) else None
-                )
-            case "REDUCE" | "NEWOBJ":
-                made = _called(*self._pop(2))
-            case "NEWOBJ_EX":
-                made = _object_of(self._pop(3)[0])
-            case "INST":
-                self._since_mark()
-                made = _object_of(_Global(str(argument).replace(" ", ".", 1)))
-            case "OBJ":
-                made = _object_of(self._since_mark()[0])
-            case "BINPERSID":
-                made = _storage(self._pop(1)[0])
-                if isinstance(made, _Storage):
-                    self.storage_keys.add(made.key)
-            case _:
-                raise _Refused(f"its pickle uses {name}, which torch.save does not")
-        if made is None:
-            raise KeyError(name)
-        self._stack.append(made)
-
-    def _pop(self, n: int) -> list[object]:
-        if len(self._stack) < n:
-            raise IndexError(n)
-        popped = self._stack[len(self._stack) - n :]
-        del self._stack[len(self._stack) - n :]
-        return popped
-
-    def _since_mark(self) -> list[object]:
-        items, self._stack = self._stack, self._marked.pop()
-        return items
-
-    def _target(self, kind: type) -> object:
-        """The container on top of the stack that receives items or attributes: of a kind we build, or inert."""
-        target = self._stack[-1]
-        if not isinstance(target, kind | _Inert):
-            raise KeyError(kind.__name__)
-        return target
-
-
-def _opcodes(pickle: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, object, int | None]]:
-    with _damage("its pickle"):
-        yield from pickletools.genops(pickle)
-
-
-def _memo_key(argument: object) -> int:
-    # Small ones only, as picklers number them: huge ones can be chosen to collide in the memo's hash table.
-    if isinstance(argument, int) and 0 <= argument < MAX_OPCODES:
-        return argument
-    raise KeyError(argument)
-
-
-def _some_set(*_: object) -> _Inert:
-    return _Inert("a set")
-
-
-def _mapping_of(flat: list[object]) -> _Mapping:
-    mapping = _Mapping()
-    mapping.update(flat)
-    return mapping
-
-
-def _object_of(callee: object) -> _Inert:
-    return _Inert(
-        f"an object of {_quoted(callee.name)}" if isinstance(callee, _Global) else "an object of no known class"
-    )
-
-
-def _called(callee: object, arguments: object) -> object:
-    """What a call would return, for the few functions that make up a state dict; nothing is called."""
-    name = callee.name if isinstance(callee, _Global) else None
-    match name, arguments:
-        case "collections.OrderedDict", ():
-            return _Mapping()
-        case "collections.OrderedDict", ([*pairs],) if all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-            return _mapping_of([item for pair in pairs for item in pair])
-        case "torch._utils._rebuild_tensor_v2", (_Storage() as storage, offset, shape, strides, _, _, *metadata):
-            return _view(storage, storage.dtype, offset, shape, strides, metadata)
-        case "torch._utils._rebuild_tensor_v3", (_Storage() as storage, offset, shape, strides, _, _, dtype, *metadata):
-            dtype = _TORCH_DTYPES.get(dtype.name) if isinstance(dtype, _Global) else None
-            return _view(storage, dtype, offset, shape, strides, metadata)
-        case "torch._utils._rebuild_parameter", (_View() as view, _, _):
-            return view
-        case "torch._utils._rebuild_parameter_with_state", (_View() as view, _, _, _):
-            return view
-    return _object_of(callee)
-
-
-def _storage(persistent_id: object) -> _Storage | _Inert:
-    match persistent_id:
-        case ("storage", _Global() as kind, str(key), _, numel) if _is_size(numel):
-            if kind.name in _UNTYPED_STORAGES:
-                return _Storage(key, None, numel)
-            if kind.name in _STORAGE_DTYPES:
-                return _Storage(key, _STORAGE_DTYPES[kind.name], numel)
-            return _Inert(f"a tensor in the unknown storage {_quoted(kind.name)}")
-    return _Inert("a persistent object that is no storage")
-
-
-def _view(
-    storage: _Storage, dtype: np.dtype | None, offset: object, shape: object, strides: object, metadata: list[object]
-) -> _View | _Inert:
-    if dtype is None:
-        return _Inert("a tensor of unknown dtype")
-    if any(found is not None and not (isinstance(found, _Mapping) and not found.items) for found in metadata):
-        return _Inert("a tensor with metadata (conjugated or negated lazily)")
-    if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= MAX_AXES):
-        return _Inert("a tensor without shape and strides")
-    if not isinstance(offset, int) or not all(map(_is_size, (offset, *shape, *strides))):
-        return _Inert("a tensor with an impossible shape, stride or offset")
-    return _View(storage, dtype, offset, shape, strides)
