@@ -164,6 +164,8 @@ class MontageModel(nn.Module, ABC):
     normal, stands for the draw that the published code makes whenever a mask is given.
     """
 
+    classifier: nn.Module
+
     def __init__(
         self, *, patch_size: int, num_queries: int, embed_dim: int, num_heads: int, mlp_ratio: float, num_classes: int
     ):
