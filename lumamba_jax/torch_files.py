@@ -394,7 +394,7 @@ def _check_views(views: Mapping[str, TensorView], entries: Mapping[str, zipfile.
     for name, view in views.items():
         entry = entries.get(view.storage.key)
         if entry is None:
-            raise _Refused(f"lacks the storage of tensor {quoted(name)}: data/{view.storage.key}")
+            raise _Refused(f"lacks the storage of tensor {quoted(name)}: {quoted(f'data/{view.storage.key}')}")
         if problem := view.problem(entry.file_size):
             raise _Refused(f"tensor {quoted(name)} {problem}")
     total = sum(view.nbytes for view in views.values())

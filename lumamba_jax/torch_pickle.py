@@ -72,7 +72,7 @@ class TensorView:
         """Why the view cannot be read from a storage of `available` bytes; None if it can."""
         itemsize = 1 if self.storage.dtype is None else self.storage.dtype.itemsize
         if self.storage.numel * itemsize != available:
-            return f"claims a storage of {self.storage.numel * itemsize} bytes; data/{self.storage.key} has {available}"
+            return f"claims a storage of {self.storage.numel * itemsize} bytes but has {available}"
         if available % self.dtype.itemsize or self.offset > available // self.dtype.itemsize:
             return "does not fit its storage"
         if 0 in self.shape:
@@ -375,6 +375,8 @@ def _called(callee: object, arguments: object) -> object:
             return view
         case "torch._utils._rebuild_parameter_with_state", (TensorView() as view, _, _, _):
             return view
+        case str(), (_Inert() as reason, *_) if name.startswith("torch._utils._rebuild_"):
+            return reason  # rather than that its parameter or tensor cannot be read
     return _object_of(callee)
 
 
