@@ -438,7 +438,7 @@ def _readable_errors(address: _Address) -> Iterator[None]:
             ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConnectionError(
-            f"{address}: the download broke off and nothing of it was kept; run it again ({reason[:200]})"
+            f"{address}: the download broke off and its beginning is not used as weights; run it again ({reason[:200]})"
         ) from error
 
 

@@ -440,18 +440,23 @@ def test_gated_and_forbidden(hub):
 # --- integrity -------------------------------------------------------------------------------------------------------
 
 
-def test_a_truncated_body_is_an_error_and_leaves_nothing(hub, tmp_path):
+def test_a_truncated_body_is_an_error_and_no_file(hub, tmp_path):
     hub.truncate, hub.lie_about_length = [700], True
-    with pytest.raises(ConnectionError, match="broke off and nothing of it was kept") as error:
+    with pytest.raises(ConnectionError, match=r"broke off.*run it again \(.*700") as error:
         resolve(ADDRESS)
     assert_one_sentence(error)
-    assert [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size == 700] == []
+    assert [path for path in (tmp_path / "home").rglob(FILE) if path.is_file()] == []
+    hub.lie_about_length = False
     assert resolve(ADDRESS).path.read_bytes() == WEIGHTS[NEW]
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(hub):
     hub.truncate = [700]
-    assert resolve(ADDRESS).path.read_bytes() == WEIGHTS[NEW]
+    try:
+        found = resolve(ADDRESS)  # newer versions of huggingface_hub resume by themselves, older ones on the next call
+    except ConnectionError:
+        found = resolve(ADDRESS)
+    assert found.path.read_bytes() == WEIGHTS[NEW]
     assert len([line for line in hub.requests if line.startswith("GET /Pulp")]) == 2
 
 
