@@ -65,20 +65,24 @@ def storages(arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
     return {str(i): array.tobytes() for i, array in enumerate(arrays.values())}
 
 
+def program(top: bytes) -> bytes:
+    """The whole pickle of an expression."""
+    return b"\x80\x02" + top + b"."
+
+
 def write_checkpoint(
     path: Path,
-    top: bytes,
+    pickle: bytes,
     stored: Mapping[str, bytes],
     *,
     byteorder: bytes | None = b"little",
     compression: int = zipfile.ZIP_STORED,
     more: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write a zip whose pickle is `top`, an expression in opcodes, and whose storages are `stored`."""
-    entries = {"archive/data.pkl": b"\x80\x02" + top + b"."}
-    entries |= {} if byteorder is None else {"archive/byteorder": byteorder}
-    entries |= {f"archive/data/{key}": data for key, data in stored.items()}
+    """Write a zip with the layout of torch.save: a pickle, and the bytes of the storages by key."""
+    entries = {"data.pkl": pickle} | ({} if byteorder is None else {"byteorder": byteorder})
+    entries |= {f"data/{key}": data for key, data in stored.items()} | {"version": b"3\n"} | dict(more or {})
     with zipfile.ZipFile(path, "w", compression) as archive:
-        for entry, data in (entries | {"archive/version": b"3\n"} | dict(more or {})).items():
-            archive.writestr(zipfile.ZipInfo(entry), data, compression)
+        for entry, data in entries.items():
+            archive.writestr(zipfile.ZipInfo(f"archive/{entry}"), data, compression)
     return path
