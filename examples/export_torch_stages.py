@@ -441,7 +441,8 @@ def export(
 ) -> list[str]:
     """Write one case into `folder` (a case of the same name is replaced); returns the names of its stages.
 
-    `family` None: recognised from the parameter names. FEMBA inputs without a mask get one of False.
+    `family` None: recognised from the parameter names. FEMBA inputs without a mask get one of False, and its
+    configuration states the size of its grid, which the weights do not show.
 
     Raises:
         ValueError: the family cannot be told, `name` is no file name, or gradients of a model without output.
@@ -450,8 +451,9 @@ def export(
         raise ValueError(f"{name!r} cannot name a case: it becomes a file name, use letters, digits, '_', '-' and '.'")
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     family = family or recognise_family(state)
-    if family == "femba" and "mask" not in inputs:
-        inputs = inputs | {"mask": torch.zeros(inputs["x"].shape, dtype=torch.bool)}
+    if family == "femba":
+        inputs = {"mask": torch.zeros(inputs["x"].shape, dtype=torch.bool)} | inputs
+        config = {"num_channels": inputs["x"].shape[1], "seq_length": inputs["x"].shape[2]} | dict(config)
     exact = run(model, family, inputs, torch.float64)
     floor = noise_floor(model, family, inputs, exact, runs=runs)
     rounded = run(model, family, inputs, torch.float32)

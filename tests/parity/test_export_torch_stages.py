@@ -1,14 +1,19 @@
 """Parity folders that the export script writes for small models of the three families, and our models against them."""
 
+import dataclasses
+import functools
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from convert_torch_weights import main as convert
 from lumamba_jax.parity import check_case, read_manifest
+from lumamba_jax.torch_weights import to_torch_tensors
 
 torch = pytest.importorskip("torch")
 
@@ -139,12 +144,13 @@ def exported(tmp_path_factory):
         monkeypatch.chdir(work)
         monkeypatch.setattr(sys, "path", [str(work), *sys.path])
         for family, factory in FACTORIES.items():
-            common = [str(folder), "--factory", f"their_models:{factory}", "--shape", *SHAPES[family], "--runs", "2"]
-            kwargs = KWARGS[family]
-            options = ["--kwargs", json.dumps(kwargs), "--mask", "--gradients", "--name", f"{family}_pretrain"]
-            export_torch_stages.main([*common, *options])
-            kwargs = kwargs | CLASSES[family]
-            export_torch_stages.main([*common, "--kwargs", json.dumps(kwargs), "--name", f"{family}_classify"])
+            common = ["--factory", f"their_models:{factory}", "--shape", *SHAPES[family], "--runs", "2", "--gradients"]
+            for head, kwargs, mask in (
+                ("pretrain", KWARGS[family], ["--mask"]),
+                ("classify", KWARGS[family] | CLASSES[family], []),
+            ):
+                options = ["--kwargs", json.dumps(kwargs), *mask, "--name", f"{family}_{head}"]
+                export_torch_stages.main([str(folder), *common, *options])
         monkeypatch.delitem(sys.modules, "their_models")
     return folder
 
@@ -194,7 +200,7 @@ def test_the_manifest_states_family_and_configuration(exported):
 def test_femba_gets_a_mask_and_no_montage(exported):
     pretrain, classify = (_case(exported, f"femba_{head}").data() for head in ("pretrain", "classify"))
     assert {key for key in pretrain if key.startswith("in/")} == {"in/x", "in/mask", "in/w_out"}
-    assert {key for key in classify if key.startswith("in/")} == {"in/x", "in/mask"}
+    assert {key for key in classify if key.startswith("in/")} == {"in/x", "in/mask", "in/w_out"}
     assert 0.3 < pretrain["in/mask"].mean() < 0.7
     assert not classify["in/mask"].any()
 
@@ -205,12 +211,11 @@ def test_the_written_weights_and_inputs_give_the_written_numbers(exported, name)
     data = case.data()
     twin = _twin(case)
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in _inputs(data).items()}
-    weight = inputs.pop("w_out", None)
+    weight = inputs.pop("w_out")
     output = twin(**inputs)
-    stored = data.get("f64/recon", data.get("f64/logits"))
+    stored = data["f64/recon" if "f64/recon" in data else "f64/logits"]
     np.testing.assert_allclose(output.detach(), stored, rtol=0, atol=1e-13)
-    if weight is not None:
-        np.testing.assert_allclose((output * weight).sum().item(), data["f64/loss"], rtol=1e-13)
+    np.testing.assert_allclose((output * weight).sum().item(), data["f64/loss"], rtol=1e-13)
 
 
 @pytest.mark.parametrize("family", TWINS)
@@ -242,26 +247,54 @@ def test_gradients_are_the_slope_of_the_stored_loss(exported, family):
         np.testing.assert_allclose((ends[0] - ends[1]) / 2e-5, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "x64"), [*((name, False) for name in CASES), *((f"{family}_pretrain", True) for family in TWINS)]
+)
 def test_our_model_gives_the_exported_stages(exported, name, x64):
     checks = check_case(_case(exported, name), x64=x64)
     assert {check.stage for check in checks} == STAGES[name]
     assert not [check for check in checks if not check.passed]
 
 
-def test_numbers_that_are_not_those_of_the_weights_are_noticed(exported, tmp_path, capsys):
-    for path in (p for p in exported.rglob("*") if p.is_file()):
-        copy = tmp_path / path.relative_to(exported)
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    assert convert(["--check", str(tmp_path), "--case", "lumamba_pretrain"]) == 0
-    data = load_file(tmp_path / "cases" / "lumamba_pretrain.safetensors")
-    data["f64/latent"] = data["f64/latent"] + 1e-3
-    save_file(data, tmp_path / "cases" / "lumamba_pretrain.safetensors")
-    assert convert(["--check", str(tmp_path), "--case", "lumamba_pretrain"]) == 1
-    # The exported weights are a published-style file of their own.
-    assert convert([str(exported / "state" / "lumamba_classify.safetensors"), str(tmp_path / "checkpoint")]) == 0
+@pytest.mark.parametrize("family", ["luna", "femba"])  # LuMamba's: test_gradients.py, against the PyTorch program
+def test_our_gradients_are_the_exported_ones(exported, family, x64):
+    case = _case(exported, f"{family}_classify")
+    data = case.data()
+    inputs = {
+        key.removeprefix("in/"): jnp.asarray(value, jnp.float64 if value.dtype == np.float32 else value.dtype)
+        for key, value in data.items()
+        if key.startswith("in/")
+    }
+    weights = case.convert("float64")
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.value_and_grad
+    def loss_and_gradients(params):
+        output = nnx.merge(weights.graphdef, params)(
+            inputs["x"],
+            inputs.get("channel_locations"),
+            channel_ids=inputs.get("channel_names"),
+            mask=inputs.get("mask"),
+            position_noise=inputs.get("loc_noise"),
+            reference_position_tiling=True,
+        )
+        return jnp.sum(output.logits * inputs["w_out"])
+
+    loss, gradients = loss_and_gradients(weights.params)
+    np.testing.assert_allclose(loss, data["f64/loss"], rtol=1e-12)
+    ours = to_torch_tensors(weights.config, gradients)
+    stored = {key.removeprefix("grad/"): value for key, value in data.items() if key.startswith("grad/")}
+    for name, gradient in stored.items():
+        np.testing.assert_allclose(ours[name], gradient, rtol=0, atol=1e-9, err_msg=f"{family} {name}")
+
+
+def test_numbers_that_are_not_those_of_the_weights_are_noticed(exported, tmp_path):
+    case = _case(exported, "femba_classify")
+    data = load_file(case.data_file)
+    data["f64/block0.out"] += 1e-4
+    changed = dataclasses.replace(case, data_file=tmp_path / "changed.safetensors")
+    save_file(data, changed.data_file)
+    assert [check.stage for check in check_case(changed) if not check.passed] == ["block0.out"]
 
 
 def test_a_case_of_the_same_name_is_replaced_and_nothing_temporary_stays(tmp_path):
@@ -271,7 +304,7 @@ def test_a_case_of_the_same_name_is_replaced_and_nothing_temporary_stays(tmp_pat
         inputs = {"x": torch.randn(1, 2, 32)}  # without a mask: it gets one that hides nothing
         export_torch_stages.export(model, tmp_path, "mine", {"num_blocks": blocks}, inputs, runs=1)
     (case,) = read_manifest(tmp_path)
-    assert case.config == {"num_blocks": 2}
+    assert case.config == {"num_channels": 2, "seq_length": 32, "num_blocks": 2}
     assert not case.data()["in/mask"].any()
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["manifest.json", "mine.safetensors", "mine.safetensors"]
 
@@ -319,7 +352,7 @@ def test_a_cache_filled_in_float32_does_not_reach_float64():
     model = LUNA(num_queries=1, embed_dim=16, depth=1, num_classes=2)
     inputs = export_torch_stages.eeg_like_inputs("luna", 1, 3, 400)
     expected = export_torch_stages.run(model, "luna", inputs, torch.float64)["latent"]
-    model.blocks[0].attn.rotary_emb = CachingRotary(8)
+    model.get_submodule("blocks.0.attn").rotary_emb = CachingRotary(8)
     export_torch_stages.run(model, "luna", inputs, torch.float32)
     np.testing.assert_array_equal(export_torch_stages.run(model, "luna", inputs, torch.float64)["latent"], expected)
 

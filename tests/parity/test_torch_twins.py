@@ -111,9 +111,10 @@ def test_stored_rotary_frequencies_are_honoured(golden_dir):
     """With the default frequencies instead of the stored ones the first block gives something else."""
     case = next(case for case in read_manifest(golden_dir) if case.name == "luna_micro_rotary_perturbed__c16_t200")
     twin = LUNA(**case.config)
-    default = twin.blocks[0].attn.rotary_emb.freqs.clone()
+    freqs = twin.get_parameter("blocks.0.attn.rotary_emb.freqs")
+    default = freqs.clone()
     twin.load_state_dict(_torch_arrays(case.tensors()), strict=True)
-    twin.blocks[0].attn.rotary_emb.freqs.data = default
+    freqs.data = default
     data = case.data()
     inputs = {key.removeprefix("in/"): value for key, value in data.items() if key.startswith("in/")}
     stages = export_torch_stages.run(twin, "luna", _torch_arrays(inputs), torch.float64)
