@@ -1,24 +1,32 @@
-"""Convert published PyTorch LuMamba weights, or prove that our model computes the same numbers.
+"""Published PyTorch weights of LuMamba, LUNA and FEMBA: convert, convert back, inspect, and prove the numbers.
 
-python convert_torch_weights.py WEIGHTS.safetensors OUT            write a checkpoint
-python convert_torch_weights.py --check MANIFEST [--case NAME]    compare with stored stages; status 1: one fails
+python convert_torch_weights.py WEIGHTS OUT                        write a checkpoint of ours
+python convert_torch_weights.py --export CHECKPOINT OUT.safetensors  and back, for the PyTorch code
+python convert_torch_weights.py --inspect WEIGHTS                  what is in a file or checkpoint, on one page
+python convert_torch_weights.py --counts                           parameters of every published size
+python convert_torch_weights.py --check MANIFEST [--case NAME]     compare with stored stages; status 1: one fails
+
+WEIGHTS: .safetensors, an index of shards, .pt, .ckpt (read without running pickles), several files that together hold
+one model, a folder, hf://owner/repo[@revision]/file, or a known name such as lumamba-tiny-mixed.
 """
 
 import argparse
 import difflib
+import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lumamba_jax.architecture_summary import STAGES, count_parameters, summarize
+from lumamba_jax.architectures import SIZES, ModelConfig
 from lumamba_jax.checkpoint import save_pretrained
 from lumamba_jax.parity import CHECKED_FAMILIES, ParityCase, StageCheck, check_case, read_manifest
+from lumamba_jax.torch_architecture import Overrides
+from lumamba_jax.torch_export import export
+from lumamba_jax.torch_files import weight_files
 from lumamba_jax.torch_weights import ConvertedWeights, load_torch_weights, replace_head
-
-LICENCE = (
-    "The published LuMamba weights (arXiv 2603.19100) are CC BY-ND 4.0: name their authors, do not redistribute them "
-    "from here, and do not share weights adapted from them."
-)
+from lumamba_jax.weight_sources import resolve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,67 +35,87 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.check:
             return _check(args.check, args.case, x64=args.x64)
+        if args.counts:
+            return _counts()
+        if args.inspect:
+            print(summarize(args.inspect, overrides=_overrides(args)))
+            return 0
+        if args.export:
+            return _export(args)
         if len(args.paths) < 2:
-            raise ValueError("give WEIGHTS (one or more .safetensors files) and OUT, or --check MANIFEST")
+            raise ValueError("give WEIGHTS (one or more) and OUT, or one of --export, --inspect, --counts, --check")
         return _convert(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"convert_torch_weights: {error}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "paths", nargs="*", metavar="WEIGHTS ... OUT", help="state files that together hold one model, then OUT"
-    )
-    parser.add_argument("--num-heads", type=int, help="attention heads (not visible in the weights; default 2)")
-    parser.add_argument(
-        "--bidirectional", choices=("add", "ew_multiply"), help="how directions are joined (default add)"
-    )
-    parser.add_argument("--output-channels", type=int, help="Mamba head with outputs per channel: number of channels")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype of the checkpoint"
-    )
-    parser.add_argument(
-        "--new-head", choices=("attention", "mamba", "linear", "none"), help="drop the head, start another"
-    )
-    parser.add_argument("--num-outputs", type=int, help="outputs of the new head: classes or regression targets")
-    parser.add_argument("--seed", type=int, default=0, help="of the new head's initial values")
-    parser.add_argument("--check", type=Path, metavar="MANIFEST", help="manifest.json of a parity folder")
-    parser.add_argument("--case", action="append", help="check this case only (may be repeated)")
-    parser.add_argument("--x64", action="store_true", help="check in float64")
+    parser.add_argument("paths", nargs="*", metavar="WEIGHTS ... OUT", help="what to convert, then the folder to write")
+    parser.add_argument("--sha256", help="the checksum that the (only) weight file must have")
+    shown = parser.add_argument_group("what weights cannot show (the assumption is printed)")
+    shown.add_argument("--num-heads", type=int, help="attention heads of LuMamba (default 2)")
+    shown.add_argument("--bidirectional", choices=("add", "ew_multiply"), help="join of directions (default add)")
+    shown.add_argument("--output-channels", type=int, help="Mamba head with outputs per channel: number of channels")
+    shown.add_argument("--num-channels", type=int, help="FEMBA: channels of the window")
+    shown.add_argument("--num-samples", type=int, help="FEMBA: samples of the window")
+    shown.add_argument("--channel-stride", type=int, help="FEMBA: distance of patches over channels")
+    shown.add_argument("--patch-stride", type=int, help="FEMBA: distance of patches over samples")
+    written = parser.add_argument_group("the checkpoint")
+    written.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="its compute dtype")
+    written.add_argument("--new-head", choices=("attention", "mamba", "linear", "none"), help="start another head")
+    written.add_argument("--num-outputs", type=int, help="outputs of the new head: classes or regression targets")
+    written.add_argument("--seed", type=int, default=0, help="of the new head's initial values")
+    other = parser.add_argument_group("instead of converting")
+    other.add_argument("--export", metavar="CHECKPOINT", help="write it as the safetensors file OUT for PyTorch")
+    other.add_argument("--prefix", default="", help='export: put before every name, for instance "model."')
+    other.add_argument("--inspect", metavar="WEIGHTS", help="describe a weight file or checkpoint")
+    other.add_argument("--counts", action="store_true", help="table of the parameters of every published size")
+    other.add_argument("--check", type=Path, metavar="MANIFEST", help="manifest.json of a parity folder")
+    other.add_argument("--case", action="append", help="check this case only (may be repeated)")
+    other.add_argument("--x64", action="store_true", help="check in float64")
     return parser
 
 
-def _convert(args: argparse.Namespace) -> int:
-    *weights, out = map(Path, args.paths)
-    converted = load_torch_weights(
-        weights,
+def _overrides(args: argparse.Namespace) -> Overrides:
+    return Overrides(
         num_heads=args.num_heads,
         bidirectional=args.bidirectional,
         output_channels=args.output_channels,
-        compute_dtype=args.dtype,
+        num_channels=args.num_channels,
+        num_samples=args.num_samples,
+        channel_stride=args.channel_stride,
+        patch_stride=args.patch_stride,
     )
+
+
+def _convert(args: argparse.Namespace) -> int:
+    *sources, out = args.paths
+    if args.sha256 and len(sources) > 1:
+        raise ValueError("--sha256 is the checksum of one file: give one")
+    found = [resolve(source, sha256=args.sha256) for source in sources]
+    paths = [path for one in found for path in (weight_files(one.path) if one.path.is_dir() else [one.path])]
+    converted = load_torch_weights(paths, overrides=_overrides(args), compute_dtype=args.dtype)
     if args.new_head:
-        converted = replace_head(converted, args.new_head, num_outputs=args.num_outputs, seed=args.seed)
-    provenance = {
-        "source": [path.name for path in weights],
-        "stored_dtypes": dict(converted.dtypes),
-        "mapped": {row.torch_name: row.path for row in converted.mapped},
-        "assumed": list(converted.assumed),
-        "kept": dict(converted.kept),
-        "dropped": list(converted.dropped),
-        "fresh": list(converted.fresh),
-        "licence": LICENCE,
-    }
-    save_pretrained(out, converted.config, converted.params, provenance)
-    _print_conversion(converted, out)
+        converted = replace_head(
+            converted,
+            args.new_head,
+            num_outputs=args.num_outputs,
+            output_channels=args.output_channels if args.new_head == "mamba" else None,
+            seed=args.seed,
+        )
+    origin = found[0].provenance if len(found) == 1 else {"sources": [one.provenance for one in found]}
+    notes = list(dict.fromkeys(one.provenance["licence_note"] for one in found))
+    save_pretrained(Path(out), converted.config, converted.params, {**origin, **converted.report()})
+    _print_conversion(converted, Path(out))
+    print("\n".join(notes))
     return 0
 
 
 def _print_conversion(converted: ConvertedWeights, out: Path) -> None:
     stored = ", ".join(f"{count} {dtype}" for dtype, count in sorted(converted.dtypes.items()))
-    print(f"read {sum(converted.dtypes.values())} tensors ({stored})")
+    print(f"{converted.config.architecture}: {sum(converted.dtypes.values())} tensors ({stored})")
     for part, count in Counter(row.path.split("/")[0] for row in converted.mapped).items():
         print(f"  mapped   {count:4d} tensors to {part}")
     for name, value in converted.kept.items():
@@ -97,9 +125,36 @@ def _print_conversion(converted: ConvertedWeights, out: Path) -> None:
             print(f"  {title:<8} {name}")
     for sentence in converted.assumed:
         print(f"  assumed  {sentence}")
-    print(f"architecture: {converted.config}")
+    print(f"sizes: {converted.config}")
     print(f"wrote {out} (every tensor and its new place: metadata.json, provenance.mapped)")
-    print(LICENCE)
+
+
+def _export(args: argparse.Namespace) -> int:
+    if len(args.paths) != 1:
+        raise ValueError("--export CHECKPOINT needs one OUT.safetensors to write")
+    out = Path(args.paths[0])
+    tensors = export(args.export, out, prefix=args.prefix)
+    dtypes = ", ".join(f"{n} {dtype}" for dtype, n in sorted(Counter(str(t.dtype) for t in tensors.values()).items()))
+    print(f"wrote {out}: {len(tensors)} tensors ({dtypes}), with config.json and provenance.json beside it")
+    print("If they come from published weights: CC BY-ND 4.0, name the authors, and do not share adapted weights.")
+    return 0
+
+
+def _counts() -> int:
+    print(f"{'size':<14} {'head':<22} " + " ".join(f"{stage:>19}" for stage in STAGES) + f" {'total':>12}")
+    for name, config in SIZES.items():
+        encoder = count_parameters(config)
+        for head, counts in (("reconstruction", encoder), *_with_classifiers(config, encoder)):
+            columns = " ".join(f"{counts[stage]:>19,}" for stage in STAGES)
+            print(f"{name:<14} {head:<22} {columns} {sum(counts.values()):>12,}")
+    return 0
+
+
+def _with_classifiers(config: ModelConfig, encoder: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
+    for head in ("mamba", "linear") if config.architecture == "FEMBA" else ("attention", "mamba", "linear"):
+        # A head does not depend on the number of blocks, so one block is enough to count it.
+        small = config.replace(head=head, num_outputs=2, num_blocks=1)
+        yield f"{head}, 2 classes", encoder | {"head": count_parameters(small)["head"]}
 
 
 def _check(manifest: Path, names: list[str] | None, *, x64: bool) -> int:
@@ -108,11 +163,13 @@ def _check(manifest: Path, names: list[str] | None, *, x64: bool) -> int:
     skipped = Counter(case.family for case in cases if case.family not in CHECKED_FAMILIES)
     if not checked:
         raise ValueError(f"{manifest}: nothing to check, the families are {', '.join(skipped) or 'none'}")
-    failed = [case.name for case in checked if not _print_case(case, x64=x64)]
+    results = {case.name: _print_case(case, x64=x64) for case in checked}
+    failed = [name for name, checks in results.items() if not _passes(checks)]
+    _print_overview(checked, results)
     print(f"\n{len(checked) - len(failed)} of {len(checked)} cases pass in {'float64' if x64 else 'float32'}")
     if skipped:
         counts = ", ".join(f"{count} {family}" for family, count in skipped.items())
-        print(f"not a LuMamba model, not checked: {counts}")
+        print(f"no model or scan, checked by the test suite instead: {counts}")
     if failed:
         print("FAILED: " + ", ".join(failed))
     return 1 if failed else 0
@@ -127,22 +184,43 @@ def _select(cases: list[ParityCase], names: list[str] | None) -> list[ParityCase
     return [by_name[name] for name in names] if names else cases
 
 
-def _print_case(case: ParityCase, *, x64: bool) -> bool:
+def _passes(checks: Sequence[StageCheck]) -> bool:
+    return bool(checks) and all(check.passed for check in checks)
+
+
+def _print_case(case: ParityCase, *, x64: bool) -> list[StageCheck]:
     print(f"\n{case.name}")
     try:
         checks = check_case(case, x64=x64)
     except (ValueError, OSError) as error:
         print(f"  FAIL {error}")
-        return False
+        return []
     print(f"  {'stage':<34} {'max abs error':>13} {'relative':>10} {'tolerance':>10}")
     for check in checks:
         print(_line(check))
-    return bool(checks) and all(check.passed for check in checks)
+    return checks
 
 
 def _line(check: StageCheck) -> str:
     numbers = f"{check.max_error:13.2e} {check.relative_error:10.2e} {check.tolerance:10.2e}"
     return f"  {check.stage:<34} {numbers}  {'pass' if check.passed else f'FAIL {check.problem}'.rstrip()}"
+
+
+def _print_overview(cases: Sequence[ParityCase], results: dict[str, list[StageCheck]]) -> None:
+    print(f"\n{'case':<58} {'family':<15} stages {'worst stage':<26} of limit")
+    for case in cases:
+        checks = results[case.name]
+        shares = {check.stage: _share(check) for check in checks}
+        worst = max(shares, key=lambda stage: shares[stage]) if shares else "-"
+        share = f"{shares[worst]:8.0%}" if shares else ""
+        verdict = "pass" if _passes(checks) else "FAIL"
+        print(f"{case.name:<58} {case.family:<15} {len(checks):6d} {worst:<26} {share}  {verdict}")
+
+
+def _share(check: StageCheck) -> float:
+    if check.problem or not check.tolerance or math.isnan(check.max_error):
+        return 0.0 if check.passed else math.inf
+    return check.max_error / check.tolerance
 
 
 if __name__ == "__main__":

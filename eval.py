@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 import configs
-from configs.data import Windows, open_windows
+from configs.data import Windows, check_windows, open_windows
 from configs.results import (
     baseline_predictions,
     check_columns_file,
@@ -30,9 +30,9 @@ from data_pipeline.loader import LoaderConfig
 from data_pipeline.prepare import PrepareConfig, prepare
 from data_pipeline.store import WindowStore
 from lumamba_jax import metrics
+from lumamba_jax.architectures import ModelConfig
 from lumamba_jax.checkpoint import load_pretrained
 from lumamba_jax.inference import LoadedModel, embed, load
-from lumamba_jax.lumamba import LuMambaConfig
 from lumamba_jax.run_log import write_json
 from lumamba_jax.sharding import MeshConfig, make_mesh
 from lumamba_jax.tasks import TaskConfig, make_task
@@ -124,12 +124,13 @@ def _labelled_windows(options: Metrics) -> tuple[Windows, Part]:
     ), "test"
 
 
-def _check_fits(model: LuMambaConfig, provenance: dict, windows: Windows) -> None:
+def _check_fits(model: ModelConfig, provenance: dict, windows: Windows) -> None:
     trained, found = provenance.get("class_names"), windows.class_names
     if trained and found and list(trained) != list(found):
         raise ValueError(f"the model knows the classes {', '.join(trained)}, the stores name {', '.join(found)}")
     if model.output_channels is None and (model.num_outputs or 1) < windows.num_outputs:
         raise ValueError(f"the model has {model.num_outputs} outputs, the labels need {windows.num_outputs}")
+    check_windows(model, windows)
     _check_rate(provenance, windows.stores[0])
 
 

@@ -20,6 +20,7 @@ from data_pipeline.splits import (
     subject_folds,
 )
 from data_pipeline.store import WindowStore
+from lumamba_jax.architectures import ModelConfig
 
 PARTS = ("train", "validation", "test")
 
@@ -121,8 +122,19 @@ def resolve(config: ExperimentConfig, windows: Windows) -> ExperimentConfig:
         if model.output_channels is None and model.num_outputs != windows.num_outputs:
             found, names = windows.num_outputs, ", ".join(windows.class_names or [])
             raise ValueError(f"model.num_outputs is {model.num_outputs}, but the labels have {found} ({names})")
+    check_windows(model, windows)
     loader = dataclasses.replace(config.loader, patch_size=model.patch_size)
     return dataclasses.replace(config, model=model, loader=loader)
+
+
+def check_windows(model: ModelConfig, windows: Windows) -> None:
+    """Raise ValueError when a montage or window length of the stores does not fit the model."""
+    for store in windows.stores:
+        for name, montage in store.montages.items():
+            try:
+                model.check_window(len(montage.ch_names), store.n_times)
+            except ValueError as error:
+                raise ValueError(f"{store.path}, montage {name}: {error}") from error
 
 
 def _split(config: DataConfig, subjects: np.ndarray, labels: np.ndarray | None, recordings: np.ndarray) -> Split:

@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from data_pipeline.loader import LoaderConfig
+from lumamba_jax.architectures import ARCHITECTURES, ModelConfig
+from lumamba_jax.femba import FembaConfig
 from lumamba_jax.lumamba import LuMambaConfig
 from lumamba_jax.optimizer import OptimizerConfig
 from lumamba_jax.sharding import MeshConfig
@@ -109,7 +111,7 @@ class TrainerConfig:
 class ExperimentConfig:
     """The whole of a run; sections belong to the modules that use them."""
 
-    model: LuMambaConfig = field(default_factory=LuMambaConfig)
+    model: ModelConfig = field(default_factory=LuMambaConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -119,11 +121,16 @@ class ExperimentConfig:
 
     def __post_init__(self):
         supervised = self.task.kind != "pretrain"
-        if supervised != (self.model.head in ("attention", "mamba", "linear")):
+        if supervised != self.model.classifies:
             wanted = "attention, mamba or linear" if supervised else "reconstruction (or none for LeJEPA alone)"
             raise ValueError(f"task {self.task.kind!r} needs model.head {wanted}, not {self.model.head!r}")
         if self.task.kind == "pretrain" and self.task.objective != "lejepa" and self.model.head != "reconstruction":
             raise ValueError(f"objective {self.task.objective!r} reconstructs: it needs model.head reconstruction")
+        if isinstance(self.model, FembaConfig):
+            if not supervised and self.task.objective != "reconstruction":
+                raise ValueError("FEMBA's fixed grid has no shorter views: it needs task.objective reconstruction")
+            if self.loader.channel_dropout:
+                raise ValueError("FEMBA's fixed grid cannot hide channels: set loader.channel_dropout to 0")
         if self.data.permute_labels and not supervised:
             raise ValueError("data.permute_labels is a control of supervised training: pre-training has no labels")
 
@@ -145,10 +152,19 @@ def from_mapping(values: Mapping[str, Any], default: Any, *, where: str = "") ->
         if dataclasses.is_dataclass(current):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{place} is a section: write its keys indented below it, not {value!r}")
+            if "architecture" in value:
+                current = _of_architecture(value["architecture"], current, place)
             changes[key] = from_mapping(value, current, where=place)
         else:
             changes[key] = _coerce(value, hints[key], place)
     return dataclasses.replace(default, **changes)
+
+
+def _of_architecture(name: Any, current: Any, place: str) -> Any:
+    """The defaults of architecture `name`, when `current` is the configuration of another one."""
+    if name not in ARCHITECTURES:
+        raise ValueError(f"{place}.architecture must be one of {', '.join(ARCHITECTURES)}, not {name!r}")
+    return current if name == current.architecture else ARCHITECTURES[name].config()
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

@@ -5,13 +5,29 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lumamba_jax.lumamba import LuMamba, LuMambaConfig, ModelOutput
+from lumamba_jax.femba import Femba, FembaConfig
+from lumamba_jax.heads import ModelOutput
+from lumamba_jax.lumamba import LuMamba, LuMambaConfig
+from lumamba_jax.luna import Luna, LunaConfig
 from lumamba_jax.scan import selective_scan
 
 if TYPE_CHECKING:
     from lumamba_jax.inference import LoadedModel, embed, load, predict
 
-__all__ = ["LoadedModel", "LuMamba", "LuMambaConfig", "ModelOutput", "embed", "load", "predict", "selective_scan"]
+__all__ = [
+    "Femba",
+    "FembaConfig",
+    "LoadedModel",
+    "LuMamba",
+    "LuMambaConfig",
+    "Luna",
+    "LunaConfig",
+    "ModelOutput",
+    "embed",
+    "load",
+    "predict",
+    "selective_scan",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,30 @@ from jaxtyping import Array, Bool, Float
 from lumamba_jax.layers import Dtypes, LayerNorm, dropout, gelu, linear
 
 
+def attend(
+    q: Float[Array, "*batch L H W"],
+    k: Float[Array, "*batch K H W"],
+    v: Float[Array, "*batch K H W"],
+    *,
+    key_mask: Bool[Array, "*batch K"] | None = None,
+    dropout_rate: float = 0.0,
+    rngs: nnx.Rngs | None = None,
+) -> tuple[Float[Array, "*batch L M"], Float[Array, "*batch L K"]]:
+    """Scaled dot-product attention of H heads of width W, M = H*W.
+
+    Returns the attended values and the probabilities averaged over heads (before dropout). Keys where `key_mask` is
+    False get probability zero. The softmax runs in float32 (float64 stays) under bfloat16 compute.
+    """
+    softmax_dtype = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("...lhd,...khd->...hlk", q / math.sqrt(q.shape[-1]), k).astype(softmax_dtype)
+    if key_mask is not None:
+        logits = jnp.where(key_mask[..., None, None, :], logits, jnp.finfo(softmax_dtype).min)
+    probabilities = jax.nn.softmax(logits, axis=-1)  # (.., H, L, K)
+    scores = probabilities.mean(axis=-3)
+    attended = jnp.einsum("...hlk,...khd->...lhd", dropout(probabilities, dropout_rate, rngs).astype(v.dtype), v)
+    return attended.reshape(*attended.shape[:-2], -1), scores
+
+
 class MultiHeadAttention(nnx.Module):
     """Scaled dot-product attention, `(.., L, E)` queries over `(.., K, E)` keys and values.
 
@@ -47,17 +71,9 @@ class MultiHeadAttention(nnx.Module):
         get probability zero.
         """
         q, k, v = self._project(query, key, value)
-        width, heads = q.shape[-1], self.num_heads
-        q, k, v = (x.reshape(*x.shape[:-1], heads, width // heads) for x in (q, k, v))
-        # Softmax in float32 (float64 stays) under bfloat16 compute.
-        softmax_dtype = jnp.promote_types(q.dtype, jnp.float32)
-        logits = jnp.einsum("...lhd,...khd->...hlk", q / math.sqrt(width // heads), k).astype(softmax_dtype)
-        if key_mask is not None:
-            logits = jnp.where(key_mask[..., None, None, :], logits, jnp.finfo(softmax_dtype).min)
-        probabilities = jax.nn.softmax(logits, axis=-1)  # (.., H, L, K)
-        scores = probabilities.mean(axis=-3)
-        attended = jnp.einsum("...hlk,...khd->...lhd", dropout(probabilities, self.dropout, rngs).astype(v.dtype), v)
-        return self.out_proj(attended.reshape(*attended.shape[:-2], width)), scores
+        q, k, v = (x.reshape(*x.shape[:-1], self.num_heads, -1) for x in (q, k, v))
+        attended, scores = attend(q, k, v, key_mask=key_mask, dropout_rate=self.dropout, rngs=rngs)
+        return self.out_proj(attended), scores
 
     def _project(self, query: Array, key: Array | None, value: Array | None) -> tuple[Array, Array, Array]:
         if key is None:

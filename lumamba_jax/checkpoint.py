@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from lumamba_jax.lumamba import LuMamba, LuMambaConfig
+from lumamba_jax.architectures import ARCHITECTURES, ModelConfig, abstract_model, config_from
 
 FORMAT_VERSION = 1
 METADATA_FILE = "metadata.json"
@@ -34,6 +34,7 @@ _NOT_ENCODER = (
     "output_channels",
     "vocab_size",
     "dropout",
+    "drop_path",
     "head_dropout",
     "compute_dtype",
     "scan_implementation",
@@ -46,13 +47,13 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in paths}
 
 
-def abstract_params(config: LuMambaConfig) -> nnx.State:
+def abstract_params(config: ModelConfig) -> nnx.State:
     """The parameter tree of `config` as `jax.ShapeDtypeStruct`s: nothing is computed or allocated."""
-    return nnx.split(nnx.eval_shape(lambda: LuMamba(config, rngs=nnx.Rngs(0))))[1]
+    return abstract_model(config)[1]
 
 
 def save_pretrained(
-    directory: str | Path, model_config: LuMambaConfig, params: nnx.State, provenance: Mapping[str, Any]
+    directory: str | Path, model_config: ModelConfig, params: nnx.State, provenance: Mapping[str, Any]
 ) -> Path:
     """Write a model as `directory`, replacing an earlier export there; complete or not at all.
 
@@ -68,25 +69,38 @@ def save_pretrained(
     directory = Path(directory).absolute()
     weights = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
     _require_same_leaves(named_leaves(abstract_params(model_config)), weights, directory)
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        "architecture": "LuMamba",
-        "config": dataclasses.asdict(model_config),
-        "provenance": dict(provenance),
-        "versions": package_versions(),
-        "num_parameters": int(sum(leaf.size for leaf in weights.values())),
-    }
-    text = json.dumps(metadata, indent=2, allow_nan=False)
+    text = json.dumps(describe(model_config, provenance), indent=2, allow_nan=False)
     with _replacing(directory) as temporary:
         ocp.save(str(temporary / WEIGHTS_DIRECTORY), weights)
         (temporary / METADATA_FILE).write_text(text)
     return directory
 
 
-def load_pretrained(directory: str | Path) -> tuple[LuMambaConfig, nnx.State, dict[str, Any]]:
+def describe(model_config: ModelConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a model: architecture, sizes, provenance, versions, number of parameters."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "architecture": model_config.architecture,
+        "config": dataclasses.asdict(model_config),
+        "provenance": dict(provenance),
+        "versions": package_versions(),
+        "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model_config))),
+    }
+
+
+def is_export(directory: str | Path) -> bool:
+    """Whether `load_pretrained` would find a model there: an export, or a training run with its best model."""
+    try:
+        _export_in(directory)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def load_pretrained(directory: str | Path) -> tuple[ModelConfig, nnx.State, dict[str, Any]]:
     """Read what `save_pretrained` wrote; the directory of a training run stands for its best model.
 
-    Returns: (config, params, metadata); `params` has NumPy leaves in the tree of `LuMamba(config)`, so that
+    Returns: (config, params, metadata); `params` has NumPy leaves in the tree of the model, so that
         `nnx.merge(nnx.split(nnx.eval_shape(...))[0], params)` is the model; `metadata` is the whole JSON file.
     Raises: FileNotFoundError when there is no export; ValueError when it is damaged, of another format or
         architecture, or when its tensors are not those of its configuration (all of them listed).
@@ -115,14 +129,17 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}); export the model again") from error
     if metadata.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path}: format {metadata.get('format_version')!r}, this version reads {FORMAT_VERSION}")
-    if metadata.get("architecture") != "LuMamba":
-        raise ValueError(f"{path}: architecture {metadata.get('architecture')!r}, expected 'LuMamba'")
+    if metadata.get("architecture") not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{path}: architecture {metadata.get('architecture')!r} is not one of {known}")
     return metadata
 
 
-def require_same_encoder(found: LuMambaConfig, expected: LuMambaConfig, source: str | Path) -> None:
+def require_same_encoder(found: ModelConfig, expected: ModelConfig, source: str | Path) -> None:
     """Raise one ValueError that lists every size in which the encoder at `source` differs from `expected`."""
-    fields = [field.name for field in dataclasses.fields(LuMambaConfig) if field.name not in _NOT_ENCODER]
+    if found.architecture != expected.architecture:
+        raise ValueError(f"{source} holds a {found.architecture}, but a {expected.architecture} is asked for")
+    fields = [field.name for field in dataclasses.fields(found) if field.name not in _NOT_ENCODER]
     differing = [
         f"{name} {getattr(found, name)!r} (expected {getattr(expected, name)!r})"
         for name in fields
@@ -194,13 +211,11 @@ def _export_in(directory: str | Path) -> Path:
     raise FileNotFoundError(f"{directory} is not an exported model or a training run: it has no {METADATA_FILE}")
 
 
-def _config_from(metadata: dict[str, Any], source: Path) -> LuMambaConfig:
-    values = metadata.get("config") or {}
-    known = {field.name for field in dataclasses.fields(LuMambaConfig)}
-    unknown = sorted(set(values) - known)
-    if unknown or not values:
-        raise ValueError(f"{source}: the model configuration has unknown or no entries {unknown}")
-    return LuMambaConfig(**values)
+def _config_from(metadata: dict[str, Any], source: Path) -> ModelConfig:
+    try:
+        return config_from(metadata["architecture"], metadata.get("config") or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _require_same_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], source: Path) -> None:

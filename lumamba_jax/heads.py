@@ -3,6 +3,10 @@
 A regression head is a classification head with as many outputs as targets.
 """
 
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self, get_args
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -15,7 +19,76 @@ from lumamba_jax.scan import ScanImplementation
 MAMBA_HEAD_WIDTH = 256
 DECODER_MLP_RATIO = 4  # fixed in the published models, whatever the encoder's ratio is
 
+Head = Literal["reconstruction", "attention", "mamba", "linear", "none"]
+ComputeDtype = Literal["float32", "bfloat16", "float64"]
 Stages = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What every architecture of the family is asked: which head, and how to compute.
+
+    Attributes:
+        head: "reconstruction" for pre-training; "attention", "mamba", "linear" classify or regress; "none" encodes.
+        num_outputs: classes or regression targets (classifier heads).
+        output_channels: mamba head only: one output per channel, `(B, channels)`, or with `num_outputs` one row of
+            classes per channel, `(B, channels, num_outputs)`.
+        compute_dtype: activations and products. Scan, softmax, norms and positions stay in float32 under bfloat16.
+        scan_implementation: see `selective_scan`.
+    """
+
+    head: Head = "reconstruction"
+    num_outputs: int | None = None
+    output_channels: int | None = None
+    compute_dtype: ComputeDtype = "float32"
+    scan_implementation: ScanImplementation = "auto"
+
+    def __post_init__(self):
+        if self.head not in get_args(Head):
+            raise ValueError(f"model config: head {self.head!r} is unknown: choose one of {get_args(Head)}")
+        if self.classifies and self.num_outputs is None and self.output_channels is None:
+            raise ValueError(f"model config: head {self.head!r} needs num_outputs (classes or regression targets)")
+        if self.output_channels is not None and self.head != "mamba":
+            raise ValueError("model config: output_channels belongs to the mamba head only")
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the head gives logits (or the values of a regression)."""
+        return self.head in ("attention", "mamba", "linear")
+
+    def replace(self, **changes: object) -> Self:
+        """A copy with the given fields changed."""
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"model config: {name} must be at least 1, not {getattr(self, name)}")
+
+
+class EncoderOutput(NamedTuple):
+    """Latent `(B, S, M)`; LuMamba and LUNA: attention scores averaged over heads `(B, S, Q, C)`, position embeddings
+    `(B, S, C, E)`."""
+
+    latent: Array
+    attention_scores: Array | None = None
+    positions: Array | None = None
+
+
+class ModelOutput(NamedTuple):
+    """What the full model returns; what an architecture or head does not have is None.
+
+    Attributes:
+        latent: `(B, S, M)`.
+        attention_scores: `(B, S, Q, C)`, not for FEMBA.
+        reconstruction: `(B, C, T)`, in normalised units.
+        logits: `(B, K)`, `(B, channels)` or `(B, channels, K)`.
+    """
+
+    latent: Array
+    attention_scores: Array | None = None
+    reconstruction: Array | None = None
+    logits: Array | None = None
 
 
 class ReconstructionHead(nnx.Module):
@@ -161,6 +234,25 @@ class LinearClassifier(nnx.Module):
         if stages is not None:
             stages.update({"classifier.pooled": pooled, "classifier.fc1": projected})
         return gelu(projected)
+
+
+def classifier(
+    config: HeadConfig, width: int, *, dtypes: Dtypes, rngs: nnx.Rngs
+) -> MambaClassifier | LinearClassifier | None:
+    """The mamba or linear classifier that `config` names, over latents of `width`; None for "none"."""
+    if config.head == "linear":
+        return LinearClassifier(width, config.num_outputs or 1, dtypes=dtypes, rngs=rngs)
+    if config.head == "mamba":
+        return MambaClassifier(
+            width,
+            config.num_outputs or 1,
+            config.output_channels,
+            per_channel_classes=config.num_outputs is not None,
+            scan_implementation=config.scan_implementation,
+            dtypes=dtypes,
+            rngs=rngs,
+        )
+    return None
 
 
 def masked_mean(x: Float[Array, "B S M"], mask: Bool[Array, "B S"] | None) -> Float[Array, "B M"]:

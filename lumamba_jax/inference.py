@@ -6,7 +6,7 @@ Arrays may have any number of windows, channels and patches. Each is padded to t
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lumamba_jax.checkpoint import load_pretrained
+from lumamba_jax.architectures import Model, ModelConfig, abstract_model
+from lumamba_jax.checkpoint import describe, is_export, load_pretrained
+from lumamba_jax.femba import FembaConfig
+from lumamba_jax.heads import ComputeDtype
 from lumamba_jax.losses import view_embeddings
-from lumamba_jax.lumamba import LuMamba, LuMambaConfig
 from lumamba_jax.tasks import Normalization, forward, normalize
+from lumamba_jax.tokens import position_encoding
+from lumamba_jax.torch_architecture import NO_OVERRIDES, Overrides
+from lumamba_jax.torch_files import weight_files
+from lumamba_jax.torch_weights import load_torch_weights
+from lumamba_jax.weight_sources import resolve
 
 
 @dataclass(frozen=True)
@@ -26,14 +33,17 @@ class LoadedModel:
 
     Attributes:
         config: sizes and head.
-        graphdef, params: `nnx.merge(graphdef, params)` is the `LuMamba` module.
-        metadata: the export's JSON: provenance (task, class names, sampling rate, training run), versions.
+        graphdef, params: `nnx.merge(graphdef, params)` is the module.
+        metadata: the export's JSON: provenance (task, class names, sampling rate, training run), versions. For
+            published weights, provenance holds where they came from and what the conversion assumed.
+        position_dtype: precision of the electrode positions' encoding, see `load`.
     """
 
-    config: LuMambaConfig
+    config: ModelConfig
     graphdef: nnx.GraphDef
     params: nnx.State
     metadata: dict[str, Any]
+    position_dtype: Literal["float32", "float64"] = "float32"
 
     @property
     def task(self) -> dict[str, Any]:
@@ -47,28 +57,62 @@ class LoadedModel:
 
     @property
     def normalization(self) -> Normalization:
-        """How its input is normalised; LuMamba's z-score unless the training said otherwise."""
-        return self.task.get("normalization", "channel_zscore")
+        """How its input is normalised; as the architecture was published unless the training said otherwise."""
+        return self.task.get("normalization", self.config.normalization)
 
-    def module(self) -> LuMamba:
+    def module(self) -> Model:
         """The module itself, for intermediates, attention scores and reconstructions."""
         return nnx.merge(self.graphdef, self.params)
 
 
-def load(path: str | Path) -> LoadedModel:
-    """Load an exported model (`save_pretrained`, `convert_torch_weights.py`) or the best model of a training run.
+def load(
+    source: str | Path,
+    *,
+    sha256: str | None = None,
+    overrides: Overrides | None = None,
+    compute_dtype: ComputeDtype | None = None,
+    position_dtype: Literal["float32", "float64"] = "float32",
+) -> LoadedModel:
+    """Load a model of the family from wherever its weights are.
 
-    Raises: FileNotFoundError or ValueError as `checkpoint.load_pretrained`.
+    Args:
+        source: an exported model (`save_pretrained`, `convert_torch_weights.py`), a training run (its best model), a
+            published weight file (`.safetensors`, an index of shards, `.pt`, `.ckpt`) or a folder with one,
+            `hf://owner/repo[@revision]/file`, or a known name (`weight_sources.ALIASES`).
+        sha256: the checksum the file must have.
+        overrides: published files: what weights cannot show (`torch_architecture.Overrides`).
+        compute_dtype: None = as exported; float32 for published files.
+        position_dtype: "float32" encodes electrode positions in the arithmetic the published weights were trained
+            with; "float64" is more exact and moves outputs by about 1e-5 (E = 64) to 1e-1 (E = 128).
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, damaged, of none of the architectures, or tensors that do not fit.
+        ImportError, PermissionError, ConnectionError: of the hub, see `weight_sources.resolve`.
     """
-    config, params, metadata = load_pretrained(path)
-    graphdef = nnx.split(nnx.eval_shape(lambda: LuMamba(config, rngs=nnx.Rngs(0))))[0]
-    return LoadedModel(config, graphdef, jax.tree.map(jnp.asarray, params), metadata)
+    if position_dtype not in ("float32", "float64"):
+        raise ValueError(f"position_dtype must be 'float32' or 'float64', not {position_dtype!r}")
+    found = resolve(source, sha256=sha256)
+    if is_export(found.path):
+        if overrides is not None:
+            raise ValueError(f"{source} is an exported model, which overrides nothing: they are for published files")
+        config, params, metadata = load_pretrained(found.path)
+        graphdef = abstract_model(config)[0]
+    else:
+        paths = weight_files(found.path) if found.path.is_dir() else [found.path]
+        converted = load_torch_weights(paths, overrides=overrides or NO_OVERRIDES)
+        config, graphdef, params = converted.config, converted.graphdef, converted.params
+        metadata = describe(config, {**found.provenance, **converted.report()})
+    if compute_dtype is not None and compute_dtype != config.compute_dtype:
+        config = config.replace(compute_dtype=compute_dtype)
+        graphdef, expected = abstract_model(config)
+        params = jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), params, expected)
+    return LoadedModel(config, graphdef, jax.tree.map(jnp.asarray, params), metadata, position_dtype)
 
 
 def embed(
     model: LoadedModel,
     signal_uv: Float[np.ndarray, "*N C T"],
-    locations: Float[np.ndarray, "*N C 3"],
+    locations: Float[np.ndarray, "*N C 3"] | None = None,
     *,
     per_patch: bool = False,
     batch_size: int = 64,
@@ -77,8 +121,10 @@ def embed(
 
     Args:
         model: from `load`.
-        signal_uv: microvolts, `(N, C, T)` or `(C, T)`; T a multiple of the patch size, rate as in training.
-        locations: electrode positions in metres, head frame, `(N, C, 3)`, or `(C, 3)` for all windows.
+        signal_uv: microvolts, `(N, C, T)` or `(C, T)`; T a multiple of the patch size, rate as in training. FEMBA:
+            exactly the channels, in their order, and the length of its training.
+        locations: electrode positions in metres, head frame, `(N, C, 3)`, or `(C, 3)` for all windows; FEMBA does
+            not use them.
         per_patch: the latent of every patch instead of its mean over time.
         batch_size: windows per forward pass.
 
@@ -86,14 +132,13 @@ def embed(
     Raises: ValueError for shapes that do not fit, values that are not finite, T not a multiple of the patch size.
     """
     latents = _in_batches(model, signal_uv, locations, batch_size, _pooled_latent if not per_patch else _latent)
-    patches = np.shape(signal_uv)[-1] // model.config.patch_size
-    return latents[..., :patches, :] if per_patch else latents
+    return latents[..., : model.config.num_patches(np.shape(signal_uv)[-1]), :] if per_patch else latents
 
 
 def predict(
     model: LoadedModel,
     signal_uv: Float[np.ndarray, "*N C T"],
-    locations: Float[np.ndarray, "*N C 3"],
+    locations: Float[np.ndarray, "*N C 3"] | None = None,
     *,
     batch_size: int = 64,
 ) -> np.ndarray:
@@ -116,37 +161,42 @@ def _in_batches(model: LoadedModel, signal_uv: Any, locations: Any, batch_size: 
     outputs = []
     for start in range(0, len(signal), batch_size):
         rows = slice(start, start + batch_size)
-        batch = _padded(signal[rows], locations[rows], model.config.patch_size)
+        batch = _padded(model, signal[rows], locations[rows])
         outputs.append(np.asarray(program(*static, model.params, batch))[: len(signal[rows])])
     joined = np.concatenate(outputs)
     return joined[0] if single else joined
 
 
-def _checked(config: LuMambaConfig, signal_uv: Any, locations: Any) -> tuple[np.ndarray, np.ndarray, bool]:
-    signal, locations = np.asarray(signal_uv, np.float32), np.asarray(locations, np.float32)
+def _checked(config: ModelConfig, signal_uv: Any, locations: Any) -> tuple[np.ndarray, np.ndarray, bool]:
+    signal = np.asarray(signal_uv, np.float32)
     single = signal.ndim == 2
     signal = signal[None] if single else signal
     if signal.ndim != 3 or 0 in signal.shape:
         raise ValueError(f"signal must be (windows, channels, samples) or (channels, samples), not {signal.shape}")
+    config.check_window(*signal.shape[1:])
     expected = (*signal.shape[:2], 3)
+    if locations is None and isinstance(config, FembaConfig):
+        locations = np.zeros(expected, np.float32)
+    if locations is None:
+        raise ValueError(f"{config.architecture} needs the electrode positions: give locations {expected} in metres")
+    locations = np.asarray(locations, np.float32)
     if locations.shape not in (expected, expected[1:]):
         raise ValueError(f"locations must be {expected} or {expected[1:]} for this signal, not {locations.shape}")
-    if signal.shape[2] % config.patch_size:
-        raise ValueError(
-            f"a window has {signal.shape[2]} samples, not a multiple of the patch size {config.patch_size}: crop it"
-        )
     if not (np.isfinite(signal).all() and np.isfinite(locations).all()):
         raise ValueError("the signal or the locations hold NaN or infinite values: remove or interpolate them first")
     return signal, np.broadcast_to(locations, expected), single
 
 
-def _padded(signal: np.ndarray, locations: np.ndarray, patch_size: int) -> dict[str, np.ndarray]:
+def _padded(model: LoadedModel, signal: np.ndarray, locations: np.ndarray) -> dict[str, np.ndarray]:
     """A batch of bucket shape (docs/architecture.md, "The batch") whose first entries are the given windows."""
     rows, channels, samples = signal.shape
-    patches = samples // patch_size
+    size = model.config.patch_size
+    patches = samples // size
     b, c, s = (_ladder(size) for size in (rows, channels, patches))
+    if isinstance(model.config, FembaConfig):
+        return {"signal": np.pad(signal, ((0, b - rows), (0, 0), (0, 0)))}  # a fixed grid: rows only
     batch = {
-        "signal": np.zeros((b, c, s * patch_size), np.float32),
+        "signal": np.zeros((b, c, s * size), np.float32),
         "locations": np.zeros((b, c, 3), np.float32),
         "channel_mask": np.zeros((b, c), bool),
         "patch_mask": np.zeros((b, s), bool),
@@ -156,7 +206,9 @@ def _padded(signal: np.ndarray, locations: np.ndarray, patch_size: int) -> dict[
     # Filler rows keep one real channel and patch, so that nothing is a mean over nothing.
     batch["channel_mask"][:, :channels] = True
     batch["patch_mask"][:, :patches] = True
-    return batch
+    dtype = np.float64 if model.position_dtype == "float64" else np.float32
+    encoding = position_encoding(batch["locations"], model.config.embed_dim, batch["channel_mask"], dtype=dtype)
+    return batch | {"position_encoding": encoding.astype(np.float32)}
 
 
 def _ladder(size: int) -> int:
@@ -168,8 +220,9 @@ def _ladder(size: int) -> int:
 def _encode(
     graphdef: nnx.GraphDef, normalization: Normalization, params: nnx.State, batch: dict[str, Array]
 ) -> Float[Array, "B S M"]:
-    masks = {key: batch[key] for key in ("channel_mask", "patch_mask")}
-    return nnx.merge(graphdef, params).encode(normalize(batch, normalization), batch["locations"], **masks).latent
+    inputs = {key: batch.get(key) for key in ("channel_mask", "patch_mask", "position_encoding")}
+    model: Model = nnx.merge(graphdef, params)
+    return model.encode(normalize(batch, normalization), batch.get("locations"), **inputs).latent
 
 
 _latent = jax.jit(_encode, static_argnums=(0, 1))
@@ -180,7 +233,8 @@ def _pooled_latent(
     graphdef: nnx.GraphDef, normalization: Normalization, params: nnx.State, batch: dict[str, Array]
 ) -> Float[Array, "B M"]:
     latent = _encode(graphdef, normalization, params, batch)
-    return view_embeddings(latent[None], batch["patch_mask"][None])[0]
+    patch_mask = batch.get("patch_mask", jnp.ones(latent.shape[:2], bool))
+    return view_embeddings(latent[None], patch_mask[None])[0]
 
 
 @jax.jit(static_argnums=(0, 1))

@@ -106,6 +106,14 @@ def dropout(x: Float[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Float
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
+def drop_path(branch: Float[Array, "B ..."], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "B ..."]:
+    """Stochastic depth (arXiv 1603.09382): drop the branch of whole windows; the identity when `rngs` is None."""
+    if rngs is None or rate == 0.0:
+        return branch
+    keep = jax.random.bernoulli(rngs.dropout(), 1.0 - rate, (branch.shape[0],) + (1,) * (branch.ndim - 1))
+    return jnp.where(keep, branch / (1.0 - rate), jnp.zeros_like(branch))
+
+
 def pairwise_linear(layer: nnx.Linear, x: Float[Array, "... I"], parts: int = 4) -> Float[Array, "... O"]:
     """Apply `layer` as a tree of `parts` partial products: a third of the rounding error of one running sum.
 

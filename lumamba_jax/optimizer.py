@@ -27,6 +27,8 @@ FRONT_END = -1
 """Layer index of tokeniser and channel attention: one layer below block 0."""
 CLIP_EPS = 1e-6
 """Added to the gradient norm by `torch.nn.utils.clip_grad_norm_`."""
+CONSTANTS = ("rotary_frequencies",)
+"""Stored with the weights, but never trained."""
 NOT_MATRICES = ("A_log", "D")
 """Parameters of the scan that have, or may have, two axes but are no matrices."""
 
@@ -242,13 +244,13 @@ def parameter_path(key_path: tuple[Any, ...]) -> str:
 
 
 def layer_of_path(path: str) -> int | None:
-    """Return the layer of a parameter: i for `blocks/i/...`, None for `head/...`, `FRONT_END` for everything before."""
+    """Return the layer of a parameter: i for `blocks/i/...`, None for what follows them, `FRONT_END` for the rest."""
     parts = path.split("/")
     if parts[0] == "encoder":
         parts = parts[1:]
     if parts[0] == "blocks":
         return int(parts[1])
-    return None if parts[0] == "head" else FRONT_END
+    return None if parts[0] in ("head", "norm") else FRONT_END
 
 
 def decays(path: str, leaf: Array) -> bool:
@@ -377,11 +379,13 @@ def make_optimizer(
     optimizer = optax.chain(*steps)
     if config.accumulation > 1:
         optimizer = optax.MultiSteps(optimizer, config.accumulation).gradient_transformation()
-    if trainable is None:
+    fixed = [path for path in base_rates(config, params) if path.endswith(CONSTANTS)]
+    if trainable is None and not fixed:
         return optimizer
 
     def label(key_path: tuple[Any, ...], _leaf: Array) -> str:
-        return "trained" if trainable(parameter_path(key_path)) else "frozen"
+        path = parameter_path(key_path)
+        return "trained" if path not in fixed and (trainable is None or trainable(path)) else "frozen"
 
     labels = jax.tree_util.tree_map_with_path(label, params)
     if "trained" not in jax.tree.leaves(labels):

@@ -22,11 +22,14 @@ import numpy as np
 from flax import nnx
 
 from lumamba_jax.checkpoint import named_leaves
+from lumamba_jax.heads import ComputeDtype
 from lumamba_jax.layers import Dtypes
-from lumamba_jax.lumamba import ComputeDtype
 from lumamba_jax.mamba import MambaBlock, MambaConfig
 from lumamba_jax.scan import selective_scan
-from lumamba_jax.torch_weights import LAYOUTS, ConvertedWeights, convert_tensors, mamba_keys, read_tensors
+from lumamba_jax.torch_architecture import Overrides
+from lumamba_jax.torch_files import read_tensors
+from lumamba_jax.torch_keys import LAYOUTS, mamba_keys
+from lumamba_jax.torch_weights import ConvertedWeights, convert_tensors
 
 FORMAT_VERSION = 1
 NOISE_FLOOR_FACTOR = 4.0
@@ -34,6 +37,8 @@ FLOAT64_TOLERANCE = 1e-9
 ROUNDED_TOLERANCE = 1e-6
 REQUIRED_INPUTS = {
     "lumamba": ("x", "channel_locations"),
+    "luna": ("x", "channel_locations"),
+    "femba": ("x",),
     "mamba": ("x",),
     "selective_scan": ("u", "delta", "A", "B", "C"),
 }
@@ -78,14 +83,22 @@ class ParityCase:
     def convert(self, compute_dtype: ComputeDtype = "float32") -> ConvertedWeights:
         """The model of this case; what weights cannot show is taken from `config`."""
         config = self.config
-        strategy = config.get("bidirectional_strategy", "add") if config.get("bidirectional", True) else "none"
         per_channel = config.get("classification_type") in ("mc", "mmc")
+        channels = config.get("classification_num_channels", config.get("num_channels"))
+        overrides: dict[str, Any] = {"output_channels": channels if per_channel else None}
+        if self.family != "femba":
+            overrides["num_heads"] = config.get("num_heads")
+        if self.family != "luna":
+            strategy = config.get("bidirectional_strategy", "add") if config.get("bidirectional", True) else "none"
+            overrides["bidirectional"] = strategy
+        if self.family == "femba":
+            strides = config.get("stride", (None, None))
+            overrides |= {"num_channels": config["num_channels"], "num_samples": config["seq_length"]}
+            overrides |= {"channel_stride": strides[0], "patch_stride": strides[1]}
         return convert_tensors(
             self.tensors(),
             source=f"case {self.name}",
-            num_heads=config.get("num_heads"),
-            bidirectional=strategy,
-            output_channels=config["classification_num_channels"] if per_channel else None,
+            overrides=Overrides(**overrides),
             compute_dtype=compute_dtype,
         )
 
@@ -162,7 +175,7 @@ def check_case(case: ParityCase, *, x64: bool = False) -> list[StageCheck]:
     """
     if case.family not in CHECKED_FAMILIES:
         raise ValueError(f"case {case.name}: family {case.family!r} is not one of {', '.join(CHECKED_FAMILIES)}")
-    run = {"lumamba": _run_lumamba, "mamba": _run_mamba, "selective_scan": _run_scan}[case.family]
+    run = {"mamba": _run_mamba, "selective_scan": _run_scan}.get(case.family, _run_model)
     data = case.data()
     inputs = {name.removeprefix("in/"): array for name, array in data.items() if name.startswith("in/")}
     missing = [name for name in REQUIRED_INPUTS[case.family] if name not in inputs]
@@ -216,7 +229,7 @@ def _in_stored_layout(stage: str, ours: np.ndarray, shape: tuple[int, ...]) -> n
 # --- our side of each family -----------------------------------------------------------------------------------------
 
 
-def _run_lumamba(case: ParityCase, inputs: Arrays, dtype: type) -> dict[str, jax.Array]:
+def _run_model(case: ParityCase, inputs: Arrays, dtype: type) -> dict[str, jax.Array]:
     weights = case.convert("float64" if dtype is np.float64 else "float32")
     channel_ids = inputs.get("channel_names")
 
@@ -226,7 +239,7 @@ def _run_lumamba(case: ParityCase, inputs: Arrays, dtype: type) -> dict[str, jax
         stages: dict[str, jax.Array] = {}
         nnx.merge(weights.graphdef, params)(
             arrays["x"],
-            arrays["channel_locations"],
+            arrays.get("channel_locations"),
             channel_ids=None if channel_ids is None else arrays["channel_names"],
             mask=arrays.get("mask"),
             position_noise=arrays.get("loc_noise"),

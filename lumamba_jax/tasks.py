@@ -16,7 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from lumamba_jax import losses, masking, metrics, normalization
-from lumamba_jax.lumamba import LuMamba, LuMambaConfig, ModelOutput
+from lumamba_jax.architectures import Model, ModelConfig
+from lumamba_jax.femba import FembaConfig
+from lumamba_jax.heads import ModelOutput
 
 Batch = Mapping[str, Array]
 Keys = Mapping[str, Key[Array, ""]]
@@ -38,6 +40,7 @@ class TaskConfig:
         mask_patch: channels and samples of one hidden rectangle.
         mask_scope: "per_sample", or "reference": one set of rectangles for the whole batch (recipes R3).
         penalty: elementwise reconstruction error.
+        unmasked_weight: weight of the visible samples in the reconstruction (0 as published for FEMBA).
         query_weight: weight of the query specialisation.
         lejepa_weight: weight of the LeJEPA term in the total.
         lejepa_lambda: share of SIGReg in the LeJEPA term.
@@ -57,6 +60,7 @@ class TaskConfig:
     mask_patch: tuple[int, int] = (1, 40)
     mask_scope: masking.MaskScope = "per_sample"
     penalty: losses.Penalty = "smooth_l1"
+    unmasked_weight: float = losses.UNMASKED_WEIGHT
     query_weight: float = losses.QUERY_WEIGHT
     lejepa_weight: float = losses.LEJEPA_WEIGHT
     lejepa_lambda: float = losses.LEJEPA_LAMBDA
@@ -82,11 +86,11 @@ class TaskConfig:
 class Task(Protocol):
     """The contract between a task and `training`."""
 
-    def loss(self, model: LuMamba, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
+    def loss(self, model: Model, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
         """Scalar training loss and scalar metrics; `keys` holds one key per stream of `masking.STREAMS`."""
         ...
 
-    def evaluate(self, model: LuMamba, batch: Batch, keys: Keys) -> dict[str, Float[Array, "B ..."]]:
+    def evaluate(self, model: Model, batch: Batch, keys: Keys) -> dict[str, Float[Array, "B ..."]]:
         """Outputs per window, without dropout and noise."""
         ...
 
@@ -95,9 +99,11 @@ class Task(Protocol):
         ...
 
 
-def make_task(config: TaskConfig, model: LuMambaConfig, class_weights: np.ndarray | None = None) -> Task:
+def make_task(config: TaskConfig, model: ModelConfig, class_weights: np.ndarray | None = None) -> Task:
     """The task of `config`. `class_weights (K,)` are applied to the training loss of a classification."""
     if config.kind == "pretrain":
+        if isinstance(model, FembaConfig) and config.objective != "reconstruction":
+            raise ValueError("FEMBA's fixed grid has no shorter views: it needs task.objective reconstruction")
         return Pretrain(config, model)
     return Classify(config, class_weights) if config.kind == "classify" else Regress(config)
 
@@ -112,7 +118,7 @@ def normalize(batch: Batch, how: Normalization) -> Float[Array, "B C T"]:
 
 
 def forward(
-    model: LuMamba,
+    model: Model,
     batch: Batch,
     how: Normalization,
     *,
@@ -124,12 +130,13 @@ def forward(
     signal = normalize(batch, how)
     output = model(
         signal,
-        batch["locations"],
+        batch.get("locations"),
         channel_ids=batch.get("channel_ids"),
         mask=mask,
         channel_mask=batch.get("channel_mask"),
         patch_mask=batch.get("patch_mask"),
         position_noise=position_noise,
+        position_encoding=batch.get("position_encoding"),
         rngs=rngs,
     )
     return output, signal
@@ -144,7 +151,7 @@ def _dropout(keys: Keys) -> nnx.Rngs:
 class Pretrain:
     """Masked reconstruction with query specialisation, LeJEPA, or both (arXiv 2603.19100; weights in `losses`)."""
 
-    def __init__(self, config: TaskConfig, model: LuMambaConfig):
+    def __init__(self, config: TaskConfig, model: ModelConfig):
         self._config = config
         self._patch_size = model.patch_size
         self._width = model.width
@@ -152,11 +159,11 @@ class Pretrain:
             config.local_views, config.local_patches, config.global_views, config.global_patches
         )
 
-    def loss(self, model: LuMamba, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
+    def loss(self, model: Model, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
         """See `Task.loss`."""
         return self._objective(model, batch, keys, training=True)
 
-    def evaluate(self, model: LuMamba, batch: Batch, keys: Keys) -> dict[str, Float[Array, "B"]]:
+    def evaluate(self, model: Model, batch: Batch, keys: Keys) -> dict[str, Float[Array, "B"]]:
         """The losses of the batch, repeated for each of its windows."""
         total, terms = self._objective(model, batch, keys, training=False)
         rows = batch["signal"].shape[0]
@@ -166,13 +173,14 @@ class Pretrain:
         """Means over windows: batch losses weighted by the number of real windows."""
         return {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
 
-    def _objective(self, model: LuMamba, batch: Batch, keys: Keys, *, training: bool) -> tuple[Array, Metrics]:
+    def _objective(self, model: Model, batch: Batch, keys: Keys, *, training: bool) -> tuple[Array, Metrics]:
         rngs = _dropout(keys) if training else None
         reconstruction = query = lejepa = None
         metrics: Metrics = {}
         if self._config.objective != "lejepa":
             reconstruction, query = self._reconstruction(model, batch, keys, rngs)
-            metrics |= {"masked": reconstruction.masked, "unmasked": reconstruction.unmasked, "query": query}
+            metrics |= {"masked": reconstruction.masked, "unmasked": reconstruction.unmasked}
+            metrics |= {} if query is None else {"query": query}
         if self._config.objective != "reconstruction":
             lejepa = self._lejepa(model, batch, keys, rngs)
             metrics |= {"similarity": lejepa.similarity, "sigreg": lejepa.sigreg, "sigreg_global": lejepa.sigreg_global}
@@ -180,8 +188,8 @@ class Pretrain:
         return total, metrics
 
     def _reconstruction(
-        self, model: LuMamba, batch: Batch, keys: Keys, rngs: nnx.Rngs | None
-    ) -> tuple[losses.ReconstructionTerms, Float[Array, ""]]:
+        self, model: Model, batch: Batch, keys: Keys, rngs: nnx.Rngs | None
+    ) -> tuple[losses.ReconstructionTerms, Float[Array, ""] | None]:
         config = self._config
         rows, channels, samples = batch["signal"].shape
         padding = {"channel_mask": batch["channel_mask"], "patch_mask": batch["patch_mask"]}
@@ -200,9 +208,19 @@ class Pretrain:
         assert output.reconstruction is not None, "checked when the configuration was made"
         window_mask = batch["window_mask"]
         valid = masking.valid_samples(signal, **padding)
+        # FEMBA reconstructs whole patches only; a remainder that its strides leave is not compared.
+        covered = tuple(slice(size) for size in output.reconstruction.shape)
         terms = losses.masked_reconstruction(
-            output.reconstruction, signal, mask, valid=valid, window_mask=window_mask, kind=config.penalty
+            output.reconstruction,
+            signal[covered],
+            mask[covered],
+            valid=valid[covered],
+            window_mask=window_mask,
+            kind=config.penalty,
+            unmasked_weight=config.unmasked_weight,
         )
+        if output.attention_scores is None:  # FEMBA has no queries to specialise
+            return terms, None
         query = losses.query_specialization(
             output.attention_scores,
             channel_mask=batch["channel_mask"],
@@ -212,7 +230,7 @@ class Pretrain:
         )
         return terms, query
 
-    def _lejepa(self, model: LuMamba, batch: Batch, keys: Keys, rngs: nnx.Rngs | None) -> losses.LeJEPATerms:
+    def _lejepa(self, model: Model, batch: Batch, keys: Keys, rngs: nnx.Rngs | None) -> losses.LeJEPATerms:
         config = self._config
         signal, patch_mask = normalize(batch, config.normalization), batch["patch_mask"]
         rows, _, samples = signal.shape
@@ -243,7 +261,7 @@ class Pretrain:
 
 
 def _encode_views(
-    model: LuMamba, views: Float[Array, "V B C W"], valid: Bool[Array, "V B P"], batch: Batch, rngs: nnx.Rngs | None
+    model: Model, views: Float[Array, "V B C W"], valid: Bool[Array, "V B P"], batch: Batch, rngs: nnx.Rngs | None
 ) -> Float[Array, "V B P M"]:
     """Encode all views as one batch. Rows are window-major (b*V + v), so that a split over devices stays in place."""
     count, rows = views.shape[:2]
@@ -268,11 +286,11 @@ class _Supervised:
     def __init__(self, config: TaskConfig):
         self._config = config
 
-    def evaluate(self, model: LuMamba, batch: Batch, keys: Keys) -> dict[str, Float[Array, "B ..."]]:  # noqa: ARG002
+    def evaluate(self, model: Model, batch: Batch, keys: Keys) -> dict[str, Float[Array, "B ..."]]:  # noqa: ARG002
         """Raw outputs of the head, `logits (B, K)`."""
         return {"logits": _logits(forward(model, batch, self._config.normalization)[0])}
 
-    def _training_logits(self, model: LuMamba, batch: Batch, keys: Keys) -> Float[Array, "B K"]:
+    def _training_logits(self, model: Model, batch: Batch, keys: Keys) -> Float[Array, "B K"]:
         noise = None
         if self._config.position_noise:
             noise = masking.draw_position_noise(keys["noise"], *batch["signal"].shape[:2])
@@ -287,7 +305,7 @@ class Classify(_Supervised):
         super().__init__(config)
         self._class_weights = class_weights
 
-    def loss(self, model: LuMamba, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
+    def loss(self, model: Model, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
         """See `Task.loss`."""
         logits, labels = self._training_logits(model, batch, keys), batch["label"]
         window_mask = batch["window_mask"]
@@ -317,7 +335,7 @@ class Classify(_Supervised):
 class Regress(_Supervised):
     """Mean squared error over windows and outputs."""
 
-    def loss(self, model: LuMamba, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
+    def loss(self, model: Model, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
         """See `Task.loss`."""
         prediction = self._training_logits(model, batch, keys)
         loss = losses.mean_squared_error(prediction, batch["label"], window_mask=batch["window_mask"])

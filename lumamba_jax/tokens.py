@@ -9,6 +9,7 @@ channels and patches are left out of every statistic, which makes padding exact.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -33,6 +34,12 @@ class ConvGeometry(NamedTuple):
     def out_width(self, width: int) -> int:
         """Output width for an input of `width` samples."""
         return (width + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+def first_convolution(patch_size: int) -> ConvGeometry:
+    """The strided convolution that begins the time path."""
+    half = patch_size // 2
+    return ConvGeometry(kernel=half - 1, stride=half // 2, padding=half // 2 - 1)
 
 
 class PatchConv(nnx.Module):
@@ -87,8 +94,7 @@ class TimePath(nnx.Module):
     """
 
     def __init__(self, patch_size: int, embed_dim: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        half = patch_size // 2
-        first = ConvGeometry(kernel=half - 1, stride=half // 2, padding=half // 2 - 1)
+        first = first_convolution(patch_size)
         features = embed_dim // 4
         if embed_dim % 16 or patch_size % 4 or patch_size < 8 or first.out_width(patch_size) * features != embed_dim:
             raise ValueError(
@@ -151,13 +157,17 @@ def normalized_positions(
 ) -> Float[Array, "B C 3"]:
     """Min-max normalise each axis over the (valid) channels of each sample: `(x - min) / (max - min + 1e-8)`.
 
-    Same IEEE operations as the reference, because the encoding's top octave magnifies each rounding step.
+    Same IEEE operations as the reference, because the encoding's top octave magnifies each rounding step. That holds on
+    a CPU; where a device's division is not correctly rounded, `position_encoding` on the host is.
     """
     locations = locations.astype(jnp.promote_types(locations.dtype, jnp.float32))
     where = None if channel_mask is None else channel_mask[:, :, None]
     low = jnp.min(locations, axis=1, keepdims=True, initial=jnp.inf, where=where)
     high = jnp.max(locations, axis=1, keepdims=True, initial=-jnp.inf, where=where)
-    normalized = (locations - low) / (high - low + POSITION_EPSILON)
+    span = jnp.broadcast_to(high - low + POSITION_EPSILON, locations.shape)
+    # XLA turns a division by a broadcast value into a product with its reciprocal, which rounds twice; the barrier
+    # hides the broadcast.
+    normalized = jnp.divide(*jax.lax.optimization_barrier((locations - low, span)))
     return normalized if where is None else jnp.where(where, normalized, 0.0)
 
 
@@ -171,6 +181,41 @@ def encode_positions(positions: Float[Array, "B C 3"], embed_dim: int) -> Float[
     pairs = jnp.stack([jnp.sin(scaled), jnp.cos(scaled)], axis=-1)  # (B, C, F, 3, 2)
     encoding = pairs.reshape(*positions.shape[:2], -1)
     return jnp.pad(encoding, ((0, 0), (0, 0), (0, embed_dim - encoding.shape[-1])))
+
+
+def position_encoding(
+    locations: np.ndarray,
+    embed_dim: int,
+    channel_mask: np.ndarray | None = None,
+    *,
+    dtype: type[np.floating] = np.float32,
+) -> np.ndarray:
+    """`encode_positions(normalized_positions(...))` in NumPy on the host, the same on every machine.
+
+    The normalised positions and the angles are bit for bit those of the reference: float32 subtraction, division and
+    multiplication by a power of two, all correctly rounded. Sine and cosine are the correctly rounded ones (computed in
+    float64), where the library of the reference is off by one rounding step (6e-8) in a few per cent of the values.
+
+    Args:
+        locations: `(.., C, 3)` in metres, head frame.
+        embed_dim: E.
+        channel_mask: `(.., C)`, False marks padded channels.
+        dtype: of the angles; float64 is more exact than what the published weights were trained on.
+
+    Returns: float32 `(.., C, E)` (float64 for float64).
+    """
+    locations = np.asarray(locations, dtype)
+    where = np.ones((*locations.shape[:-1], 1), bool) if channel_mask is None else np.asarray(channel_mask)[..., None]
+    low = np.min(locations, axis=-2, keepdims=True, initial=np.inf, where=where)
+    high = np.max(locations, axis=-2, keepdims=True, initial=-np.inf, where=where)
+    positions = np.where(where, (locations - low) / (high - low + dtype(POSITION_EPSILON)), dtype(0))
+    octaves = embed_dim // 6
+    angles = positions[..., None, :] * (dtype(2) ** np.arange(octaves, dtype=dtype))[:, None]  # (.., C, F, 3)
+    exact = angles.astype(np.float64)
+    pairs = np.stack([np.sin(exact), np.cos(exact)], axis=-1).astype(dtype)
+    encoding = np.zeros((*locations.shape[:-1], embed_dim), dtype)
+    encoding[..., : 6 * octaves] = pairs.reshape(*locations.shape[:-1], -1)
+    return encoding
 
 
 class Tokenizer(nnx.Module):
@@ -193,13 +238,18 @@ class Tokenizer(nnx.Module):
         channel_mask: Bool[Array, "B C"] | None = None,
         noise: Float[Array, "B C 3"] | None = None,
         *,
+        encoding: Float[Array, "B C E"] | None = None,
         stages: Stages | None = None,
     ) -> Float[Array, "B C E"]:
-        """Embed electrode positions (metres). `noise` is standard normal and scaled by 0.02 after normalisation."""
-        positions = normalized_positions(locations, channel_mask)
-        if noise is not None:
-            positions = positions + POSITION_NOISE_STD * noise.astype(positions.dtype)
-        encoding = encode_positions(positions, self.embed_dim)
+        """Embed electrode positions (metres). `noise` is standard normal and scaled by 0.02 after normalisation.
+
+        An `encoding` from `position_encoding` takes the place of locations and noise.
+        """
+        if encoding is None:
+            positions = normalized_positions(locations, channel_mask)
+            if noise is not None:
+                positions = positions + POSITION_NOISE_STD * noise.astype(positions.dtype)
+            encoding = encode_positions(positions, self.embed_dim)
         embedding = self.position_mlp(encoding.astype(self.dtypes.compute))
         if stages is not None:
             stages.update(nerf_encoding=encoding, channel_location_emb=embedding)

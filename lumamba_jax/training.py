@@ -19,8 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from lumamba_jax.architectures import ModelConfig, abstract_model, build
 from lumamba_jax.checkpoint import abstract_params, named_leaves
-from lumamba_jax.lumamba import LuMamba, LuMambaConfig
 from lumamba_jax.masking import STREAMS, stream_key
 from lumamba_jax.sharding import batch_sharding, replicated, state_shardings, to_global
 from lumamba_jax.tasks import Task
@@ -41,12 +41,12 @@ def step_keys(seed: int, step: Int[Array, ""] | int) -> Keys:
     return {name: stream_key(seed, name, step) for name in STREAMS}
 
 
-def graph_definition(config: LuMambaConfig) -> nnx.GraphDef:
+def graph_definition(config: ModelConfig) -> nnx.GraphDef:
     """The static half of the model; `nnx.merge(graph_definition(config), params)` is the model."""
-    return nnx.split(nnx.eval_shape(lambda: LuMamba(config, rngs=nnx.Rngs(0))))[0]
+    return abstract_model(config)[0]
 
 
-def abstract_state(config: LuMambaConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the train state: what a resume restores into."""
     params = abstract_params(config)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -59,7 +59,7 @@ def abstract_state(config: LuMambaConfig, optimizer: optax.GradientTransformatio
 
 
 def init_state(
-    config: LuMambaConfig,
+    config: ModelConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
@@ -77,7 +77,7 @@ def init_state(
     """
 
     def init(replacements: Mapping[str, Array]) -> TrainState:
-        params = nnx.split(LuMamba(config, rngs=nnx.Rngs(seed)))[1]
+        params = nnx.split(build(config, seed=seed))[1]
         leaves = {**named_leaves(params), **replacements}
         params = jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -94,7 +94,7 @@ class WarmStart(NamedTuple):
     unused: list[str]
 
 
-def select_pretrained(config: LuMambaConfig, params: nnx.State) -> WarmStart:
+def select_pretrained(config: ModelConfig, params: nnx.State) -> WarmStart:
     """Choose the parameters of a pre-trained model that fit `config`: the encoder, and the head where it is the same.
 
     A head is taken only as a whole: if one of its tensors is absent or has another shape, all of it starts fresh.
@@ -116,7 +116,7 @@ def is_head(name: str) -> bool:
 
 
 def make_train_step(
-    config: LuMambaConfig,
+    config: ModelConfig,
     task: Task,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -154,7 +154,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    config: LuMambaConfig, task: Task, mesh: Mesh, *, seed: int
+    config: ModelConfig, task: Task, mesh: Mesh, *, seed: int
 ) -> Callable[[nnx.State, dict[str, Array]], dict[str, Array]]:
     """Compile `(params, batch) -> outputs`: the arrays `(B, ...)` of `task.evaluate` with the batch's ids and labels.
 

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from lumamba_jax import tasks
-from lumamba_jax.lumamba import LuMamba, LuMambaConfig, ModelOutput
+from lumamba_jax.heads import ModelOutput
+from lumamba_jax.lumamba import LuMamba, LuMambaConfig
 from lumamba_jax.masking import STREAMS, stream_key
 from lumamba_jax.tasks import Classify, Regress, TaskConfig, make_task
 

@@ -1,6 +1,5 @@
 """The key map is complete and reversible, architectures are recognised, and damaged files are refused as a whole."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -8,26 +7,30 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 from convert_torch_weights import main
+from lumamba_jax.architecture_summary import count_parameters, published_size
+from lumamba_jax.architectures import SIZES, build
 from lumamba_jax.checkpoint import abstract_params, load_pretrained, named_leaves
+from lumamba_jax.femba import FembaConfig
 from lumamba_jax.lumamba import LuMambaConfig
+from lumamba_jax.luna import LunaConfig
 from lumamba_jax.parity import read_manifest
-from lumamba_jax.torch_weights import (
-    LAYOUTS,
-    convert_tensors,
-    infer_config,
-    key_map,
-    load_torch_weights,
-    read_tensors,
-    replace_head,
-    to_torch_tensors,
-)
+from lumamba_jax.torch_architecture import Overrides, infer_config
+from lumamba_jax.torch_files import read_tensors
+from lumamba_jax.torch_keys import LAYOUTS, key_map, unread
+from lumamba_jax.torch_weights import convert_tensors, load_torch_weights, replace_head, to_torch_tensors
 
 PARITY = Path(__file__).parent.parent / "parity" / "golden"
 STATE = PARITY / "state" / "lumamba_micro_unidir.safetensors"
-SMALL = LuMambaConfig(embed_dim=16, num_queries=2, num_blocks=2, vocab_size=7)
+SMALL = {
+    "LuMamba": LuMambaConfig(embed_dim=16, num_queries=2, num_blocks=2, vocab_size=7),
+    "LUNA": LunaConfig(embed_dim=16, num_queries=2, num_blocks=2, vocab_size=7, mlp_ratio=2.0),
+    "FEMBA": FembaConfig(num_channels=6, num_samples=128, embed_dim=4, num_blocks=2, expand=2, decoder_kernel=(3, 5)),
+}
+CLASSIFIERS = {"LuMamba": ("attention", "mamba", "linear"), "LUNA": ("attention",), "FEMBA": ("mamba", "linear")}
 
 
 @pytest.fixture(scope="module")
@@ -44,39 +47,80 @@ def _same(left, right):
         np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("head", "strategy"),
-    [
-        *itertools.product(["reconstruction", "attention", "mamba", "linear"], ["add", "none"]),
-        ("none", "ew_multiply"),
-    ],
-)
-def test_key_map_covers_every_parameter_once(head, strategy):
-    outputs = 3 if head in ("attention", "mamba", "linear") else None
-    config = SMALL.replace(head=head, bidirectional=strategy, num_outputs=outputs)
-    rows = key_map(config)
-    assert sorted(row.path for row in rows) == sorted(named_leaves(abstract_params(config)))
-    assert len({row.torch_name for row in rows}) == len(rows)
+def _published_shapes(config):
+    leaves = named_leaves(abstract_params(config))
+    shapes = {
+        row.torch_name: LAYOUTS[row.layout].to_torch(np.broadcast_to(np.float32(0), leaves[row.path].shape)).shape
+        for row in key_map(config)
+    }
+    return shapes | dict.fromkeys(unread(config), ())
+
+
+def _with_head(architecture, head):
+    classifies = head not in ("reconstruction", "none")
+    return SMALL[architecture].replace(head=head, num_outputs=3 if classifies else None)
+
+
+ARCHITECTURES_AND_HEADS = [
+    (name, head) for name, classifiers in CLASSIFIERS.items() for head in ("reconstruction", "none", *classifiers)
+]
+
+
+@pytest.mark.parametrize(("architecture", "head"), ARCHITECTURES_AND_HEADS)
+def test_key_map_covers_every_parameter_once(architecture, head):
+    config = _with_head(architecture, head)
+    for variant in (config, config.replace(bidirectional="none")) if architecture != "LUNA" else (config,):
+        rows = key_map(variant)
+        assert sorted(row.path for row in rows) == sorted(named_leaves(abstract_params(variant)))
+        assert len({row.torch_name for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(("architecture", "head"), ARCHITECTURES_AND_HEADS)
+def test_architecture_and_sizes_are_recognised_from_names_and_shapes(architecture, head):
+    config = _with_head(architecture, head)
+    found, _ = infer_config(_published_shapes(config))
+    ignored = {} if head == "reconstruction" else {"vocab_size": 90} if architecture != "FEMBA" else {}
+    if architecture == "FEMBA" and head != "reconstruction":
+        ignored = {"decoder_kernel": (31, 31)}
+    assert found == config.replace(**ignored)
+
+
+@pytest.mark.parametrize(("architecture", "head"), ARCHITECTURES_AND_HEADS)
+def test_ours_to_torch_and_back_is_bit_exact(architecture, head):
+    config = _with_head(architecture, head)
+    params = nnx.split(build(config, seed=3))[1]
+    tensors = to_torch_tensors(config, params)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == _published_shapes(config)
+    _same(convert_tensors(tensors).params, params)
 
 
 def test_names_shapes_and_sizes_of_every_published_variant(golden_dir):
     variants = json.loads((golden_dir / "tables" / "state_dicts.json").read_text())
-    checked = 0
+    assert len(variants) == 21
     for name, variant in variants.items():
-        if not name.startswith("lumamba"):
-            continue
         shapes = {key: tuple(shape) for key, shape in variant["keys"].items()}
         per_channel = 22 if name.endswith(("_mc", "_mmc")) else None
-        config, _ = infer_config(shapes, output_channels=per_channel)
-        leaves = named_leaves(abstract_params(config))
-        expected = {
-            row.torch_name: LAYOUTS[row.layout].to_torch(np.broadcast_to(np.float32(0), leaves[row.path].shape)).shape
-            for row in key_map(config)
-        }
-        assert expected | {"cross_attn.temparature": ()} == shapes, name
-        assert sum(leaf.size for leaf in leaves.values()) + 1 == variant["total_parameters"], name
-        checked += 1
-    assert checked == 9
+        config, _ = infer_config(shapes, overrides=Overrides(output_channels=per_channel))
+        assert _published_shapes(config) == shapes, name
+        assert sum(count_parameters(config).values()) == variant["total_parameters"], name
+
+
+@pytest.mark.parametrize(
+    ("size", "head", "millions"),
+    [
+        ("LuMamba tiny", "mamba", "4.6"),
+        ("LUNA base", "attention", "7.1"),
+        ("LUNA large", "attention", "43.1"),
+        ("LUNA huge", "attention", "311.8"),
+        ("FEMBA tiny", "reconstruction", "7.8"),
+        ("FEMBA large", "mamba", "77.8"),
+        ("FEMBA huge", "mamba", "386.2"),
+    ],
+)
+def test_published_roundings(size, head, millions):
+    config = SIZES[size].replace(head=head, num_outputs=None if head == "reconstruction" else 2)
+    assert f"{sum(count_parameters(config).values()) / 1e6:.1f}" == millions
+    assert published_size(config) == size
 
 
 def test_every_stored_state_converts_with_the_sizes_of_its_manifest():
@@ -95,7 +139,7 @@ def test_every_stored_state_converts_with_the_sizes_of_its_manifest():
 
 def test_there_and_back_is_bit_exact(tensors):
     converted = convert_tensors(tensors)
-    back = to_torch_tensors(converted.config, converted.params, converted.kept)
+    back = to_torch_tensors(converted.config, converted.params, kept=converted.kept, stored=converted.stored)
     assert back.keys() == tensors.keys()  # the tensor that no computation reads included
     for name, tensor in tensors.items():
         assert back[name].shape == tensor.shape
@@ -150,12 +194,12 @@ def test_what_is_not_visible_is_assumed_and_can_be_overridden(tensors):
     assumed = " ".join(convert_tensors(tensors).assumed)
     assert "num_heads is 2" in assumed
     assert '"ew_multiply"' in assumed
-    told = convert_tensors(tensors, num_heads=4, bidirectional="ew_multiply")
+    told = convert_tensors(tensors, overrides=Overrides(num_heads=4, bidirectional="ew_multiply"))
     assert (told.config.num_heads, told.config.bidirectional, told.assumed) == (4, "ew_multiply", ())
     with pytest.raises(ValueError, match="contradicts the tensors, which hold 2 direction"):
-        convert_tensors(tensors, bidirectional="none")
+        convert_tensors(tensors, overrides=Overrides(bidirectional="none"))
     with pytest.raises(ValueError, match="num_heads 5"):
-        convert_tensors(tensors, num_heads=5)
+        convert_tensors(tensors, overrides=Overrides(num_heads=5))
 
 
 def test_a_new_head_keeps_the_encoder_and_says_what_changed(tensors):
@@ -174,14 +218,45 @@ def test_a_new_head_keeps_the_encoder_and_says_what_changed(tensors):
     assert all(name.startswith(("decoder_head.", "channel_emb.")) for name in classifier.dropped)
 
 
-def test_other_architectures_are_named(tensors):
-    luna = {"blocks.0.attn.qkv_proj.weight": (3, 3), "cross_attn.query_embed": (1, 2, 16)}
-    with pytest.raises(ValueError, match="a LUNA"):
-        infer_config(luna)
-    with pytest.raises(ValueError, match="a FEMBA"):
-        infer_config({"mamba_blocks.0.mamba_fwd.D": (4,), "pos_embed": (1, 2, 3)})
-    with pytest.raises(ValueError, match="2 tensor"):
+def test_what_is_none_of_the_family_is_named():
+    with pytest.raises(ValueError, match=r"none of the family.*2 tensor"):
         infer_config({"a.b": (1,), "c": (2,)})
+    with pytest.raises(ValueError, match="model width cannot be read"):
+        infer_config({"blocks.0.attn.qkv_proj.weight": (3, 3), "cross_attn.query_embed": (1, 2, 16)} | _TOKENS_ONLY)
+
+
+_TOKENS_ONLY = {
+    "freq_embed.frequency_to_embed.fc1.bias": (168,),
+    "cross_attn.ffn.fc1.bias": (64,),
+}
+
+
+def test_overrides_that_contradict_or_do_not_apply_are_refused():
+    luna, femba = (_published_shapes(_with_head(name, "reconstruction")) for name in ("LUNA", "FEMBA"))
+    with pytest.raises(ValueError, match="num_heads=4 contradicts the rotary frequencies"):
+        infer_config(luna, overrides=Overrides(num_heads=4))
+    with pytest.raises(ValueError, match="does not apply"):
+        infer_config(luna, overrides=Overrides(bidirectional="add"))
+    with pytest.raises(ValueError, match="does not apply"):
+        infer_config(femba, overrides=Overrides(num_heads=2))
+    with pytest.raises(ValueError, match="its tensors show 3 x 8"):
+        infer_config(femba, overrides=Overrides(num_samples=640))
+    overlapping, _ = infer_config(femba, overrides=Overrides(channel_stride=1, patch_stride=8))
+    assert (overlapping.num_channels, overlapping.num_samples) == (4, 72)
+    assert overlapping.grid == SMALL["FEMBA"].grid
+
+
+def test_values_that_no_longer_fit_the_stored_dtype_are_written_in_float32(tensors):
+    half = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    converted = convert_tensors(half)
+    leaves = named_leaves(converted.params)
+    changed = {**leaves, "tokenizer/mask_token": leaves["tokenizer/mask_token"] + np.float32(1e-6)}
+    params = jax.tree.unflatten(jax.tree.structure(converted.params), list(changed.values()))
+    back = to_torch_tensors(converted.config, params, kept=converted.kept, stored=converted.stored)
+    assert back["mask_token"].dtype == np.float32
+    for name in back.keys() - {"mask_token"}:
+        assert back[name].dtype == half[name].dtype
+        assert back[name].tobytes() == half[name].tobytes()
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -214,8 +289,8 @@ def test_command_with_a_new_head_lists_dropped_and_fresh(tmp_path, capsys):
     ("content", "message"),
     [
         (None, "no such file"),
-        (b"not safetensors at all", "cannot be read as safetensors"),
-        ("truncated", "cannot be read"),
+        (b"not safetensors at all", "is neither safetensors nor a PyTorch checkpoint"),
+        ("truncated", "truncated"),
     ],
 )
 def test_bad_files_end_with_status_2_and_write_nothing(tmp_path, capsys, content, message):

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from convert_torch_weights import main
 from lumamba_jax.parity import CHECKED_FAMILIES, check_case, read_manifest
-from lumamba_jax.torch_weights import infer_config
+from lumamba_jax.torch_architecture import Overrides, infer_config
 
 COMMITTED = Path(__file__).parent / "golden"
 CASES = {case.name: case for case in read_manifest(COMMITTED) if case.family in CHECKED_FAMILIES}
@@ -44,7 +44,7 @@ def test_committed_cases_cover_heads_strategies_channel_counts_and_masks():
     models = [case for case in CASES.values() if case.family == "lumamba"]
     shapes = [{name: tensor.shape for name, tensor in case.tensors().items()} for case in models]
     configs = [
-        infer_config(found, bidirectional=case.config.get("bidirectional_strategy"))[0]
+        infer_config(found, overrides=Overrides(bidirectional=case.config.get("bidirectional_strategy")))[0]
         for case, found in zip(models, shapes, strict=True)
     ]
     assert {config.head for config in configs} == {"reconstruction", "attention", "linear", "mamba"}
@@ -76,17 +76,17 @@ def parity_folder(tmp_path):
         "data_file": "case.safetensors",
         "noise_floor_f32_vs_f64": {stage: {"max_abs_err": floor} for stage, floor in case.noise_floor.items()},
     }
-    other = entry | {"name": "other", "family": "luna"}
+    other = entry | {"name": "other", "family": "losses"}
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "cases": [entry, other]}))
     return tmp_path, tensors
 
 
-def test_check_passes_and_counts_what_is_not_lumamba(parity_folder, capsys):
+def test_check_passes_and_counts_what_is_no_model(parity_folder, capsys):
     folder, _ = parity_folder
     assert main(["--check", str(folder / "manifest.json"), "--x64"]) == 0
     out = capsys.readouterr().out
     assert "1 of 1 cases pass in float64" in out
-    assert "not a LuMamba model, not checked: 1 luna" in out
+    assert "no model or scan, checked by the test suite instead: 1 losses" in out
     assert "recon " in out
 
 
