@@ -301,6 +301,12 @@ def test_a_hub_in_trouble_is_like_no_network(hub, status):
     with pytest.raises(ConnectionError, match=f"status {status}, and nothing of it is in the cache") as error:
         resolve(ADDRESS)
     assert_one_sentence(error)
+    hub.status = None
+    path = resolve(ADDRESS).path
+    hub.status, asked = status, len(hub.requests)
+    with pytest.warns(UserWarning, match=f"status {status}; using the cached copy"):
+        assert resolve(ADDRESS).path == path
+    assert len(hub.requests) == asked + 1  # asked once, then left alone
 
 
 def test_a_login_page_instead_of_the_hub(hub):
@@ -359,6 +365,9 @@ def test_pinned_revisions(hub):
     pinned = resolve(f"hf://{REPO}@{OLD}/{FILE}")
     assert pinned.provenance["revision"] == OLD
     assert pinned.path.read_bytes() == WEIGHTS[OLD]
+    asked = len(hub.requests)
+    assert resolve(f"hf://{REPO}@{OLD}/{FILE}").provenance["retrieved"] == "cache"
+    assert len(hub.requests) == asked
     hub.stop()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a commit never changes, so there is nothing to warn of
@@ -510,6 +519,8 @@ def test_an_index_brings_its_shards(hub, path):
     for name, content in SHARDS.items():
         assert (found.path.parent / name).read_bytes() == content
         assert found.provenance["files"][f"big/{name}"] == sha256(content)
+        # by commit, not by branch: a branch may move between two files
+        assert f"GET /me/sharded/resolve/{NEW}/big/{name}" in hub.requests
     hub.stop()
     with pytest.warns(UserWarning, match="cached copy"):
         assert resolve(f"hf://me/sharded/{path}").path == found.path
@@ -562,6 +573,7 @@ def test_one_of_our_exports_is_fetched_whole(hub, offline):
     assert (found.path / checkpoint.METADATA_FILE).read_bytes() == b"{}"
     assert (found.path / "weights" / "0" / "data").read_bytes() == b"numbers"
     assert (found.path / "weights" / "zarr").read_bytes() == b"z"
+    assert f"GET /me/export/resolve/{NEW}/m/weights/zarr" in hub.requests
     assert found.provenance["sha256"] is None
     assert len(found.provenance["files"]) == 3
     offline()
