@@ -38,6 +38,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  (PyTorch's own convention)
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -546,6 +547,21 @@ def _generated_inputs(model: nn.Module, family: Family, config: Mapping[str, Any
     )
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    tensors = {name.removeprefix("model."): value for name, value in _read(path).items()}
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model that --factory and --kwargs make: {error}") from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line, see the top of the file."""
     parser = _parser()
@@ -558,13 +574,12 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     factory = getattr(importlib.import_module(module), attribute)
     model = factory(**args.kwargs)
-    if args.weights:
-        tensors = {name.removeprefix("model."): value for name, value in load_file(args.weights).items()}
-        model.load_state_dict(tensors, strict=True)
     config = _stated_config(factory, args.kwargs)
     try:
+        if args.weights:
+            _load_weights(model, args.weights)
         family = recognise_family(model.state_dict()) if args.family == "auto" else args.family
-        inputs = load_file(args.inputs) if args.inputs else _generated_inputs(model, family, config, args)
+        inputs = _read(args.inputs) if args.inputs else _generated_inputs(model, family, config, args)
         stages = export(
             model,
             args.folder,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from torch_luna import LUNA  # noqa: E402
 
 from examples import export_torch_stages  # noqa: E402
 
+STORED_WEIGHTS = str(Path(__file__).parent / "golden" / "state" / "lumamba_micro_head_linear.safetensors")
 TWINS = {"lumamba": LuMamba, "luna": LUNA, "femba": FEMBA}
 MONTAGE = {"patch_size": 40, "num_queries": 2, "embed_dim": 16, "num_heads": 2}
 KWARGS = {
@@ -385,6 +387,9 @@ def test_family_by_parameter_names(family):
         (["--factory", "torch.nn:Linear", "--kwargs", '{"in_features": 2, "out_features": 2}'], "give --family"),
         (["--factory", "torch_luna:LUNA", "--family", "eegnet"], "invalid choice: 'eegnet'"),
         (["--factory", "torch_femba:FEMBA", "--kwargs", '{"embed_dim": 1}', "--name", "../x"], "cannot name a case"),
+        (["--factory", "torch_femba:FEMBA", "--inputs", "nowhere"], "nowhere cannot be read as a safetensors file"),
+        (["--factory", "torch_femba:FEMBA", "--weights", __file__], "cannot be read as a safetensors file"),
+        (["--factory", "torch_luna:LUNA", "--weights", STORED_WEIGHTS], "does not fit the model"),
     ],
 )
 def test_wrong_arguments_end_in_one_sentence(arguments, sentence, tmp_path, capsys, monkeypatch):
