@@ -91,9 +91,9 @@ def weight_files(folder: str | Path) -> list[Path]:
         ValueError: no file, or several between which the user must choose; they are listed.
     """
     folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder")
     with _blamed_on(folder):
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder}: no such folder")
         if not folder.is_dir():
             raise _Refused("is a file, not a folder; give it directly")
         files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
@@ -342,7 +342,9 @@ def _check_zip_end(file: BinaryIO, size: int) -> None:
     if tail[-22:-18] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
         raise _Refused("is a zip archive without its end; it is truncated or damaged")
     length = int.from_bytes(tail[-10:-6], "little")
-    if tail[-42:-38] == b"PK\x06\x07" and tail[-98:-94] == b"PK\x06\x06":  # the 64-bit end record and its locator
+    if tail[-42:-38] == b"PK\x06\x07":  # the locator of a 64-bit end record, which torch.save puts right before it
+        if tail[-98:-94] != b"PK\x06\x06" or int.from_bytes(tail[-34:-26], "little") != size - 98:
+            raise _Refused("is a zip archive with two ends that disagree; it is damaged")
         length = int.from_bytes(tail[-58:-50], "little")
     if length > min(size, MAX_DIRECTORY_BYTES):
         raise _Refused(f"claims a zip directory of {length} bytes; it is damaged")

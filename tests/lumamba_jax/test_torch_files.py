@@ -32,6 +32,7 @@ from torch_checkpoint_writer import (
     tensor,
     text,
     whole,
+    with_64_bit_end,
     write_checkpoint,
 )
 
@@ -571,6 +572,19 @@ def test_zip_archives_that_are_no_plain_checkpoint(tmp_path):
     assert "Bad CRC" in refusal(write(tmp_path / "a.pt", content[:at] + b"\x01" + content[at + 1 :]))
     assert "without its end" in refusal(write(tmp_path / "a.pt", content[:-1]))
     assert "without its end" in refusal(write(tmp_path / "a.pt", content + b"\0"))
+
+
+def test_the_64_bit_end_of_a_zip_archive(tmp_path):
+    write_checkpoint(tmp_path / "a.pt", program(state_dict(ARRAYS)), storages(ARRAYS))
+    content = with_64_bit_end((tmp_path / "a.pt").read_bytes())
+    assert_same(read_tensors([write(tmp_path / "a.pt", content)]), ARRAYS)
+
+    def changed(place, value):
+        return refusal(write(tmp_path / "a.pt", content[:-place] + value + content[-place + len(value) :]))
+
+    assert "claims a zip directory of 4611686018427387904 bytes" in changed(58, (2**62).to_bytes(8, "little"))
+    assert "two ends that disagree" in changed(34, bytes(8))  # where the locator says the record is
+    assert "two ends that disagree" in changed(98, b"PK\x01\x02")
 
 
 # --- folders and hashes ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ show other names, shapes or dtypes, which the converter compares with the archit
 same description over other values.
 """
 
+import codecs
 import json
 import pickle
 import random
@@ -22,7 +23,16 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
-from torch_checkpoint_writer import foreign, mapping, program, state_dict, storages, text, write_checkpoint
+from torch_checkpoint_writer import (
+    foreign,
+    mapping,
+    program,
+    state_dict,
+    storages,
+    text,
+    with_64_bit_end,
+    write_checkpoint,
+)
 
 from lumamba_jax.torch_files import read_tensors
 
@@ -32,7 +42,6 @@ BYTES_PER_FILE = 300_000  # of Python and NumPy, at the peak; the files have abo
 ARRAYS = {  # no two storages of one size, so that exchanging two of them shows
     "blocks.0.weight": np.arange(15, dtype=np.float32).reshape(3, 5) / 7,
     "blocks.0.bias": np.array([1.5, -2.0, 0.25], ml_dtypes.bfloat16),
-    "head.weight": np.arange(7, dtype=np.float16).reshape(7, 1),
     "scale": np.array(0.5),
 }
 
@@ -92,7 +101,7 @@ PICKLE = program(PICKLE + text("state_dict") + state_dict(ARRAYS) + b"s")
 
 def checkpoint(folder: Path, program: bytes = PICKLE) -> Case:
     path = write_checkpoint(folder / "writing", program, storages(ARRAYS))
-    return Case({"model.ckpt": path.read_bytes()}, "model.ckpt")
+    return Case({"model.ckpt": with_64_bit_end(path.read_bytes())}, "model.ckpt")
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -185,7 +194,7 @@ def damaged_zips(folder: Path, rng: random.Random) -> Iterator[Case]:
         directory = range(archive.start_dir, len(content))
     for places in (*local, directory):
         yield from (with_file(case, case.entry, bad) for bad in flipped(content, places, rng, 2))
-    for start in (*(places.start for places in local), directory.start, len(content) - 22):
+    for start in (*(places.start for places in local), directory.start, len(content) - 98, len(content) - 22):
         for bad in (content[:start] + content[start + 1 :], content[:start] + b"PK\x03\x04" + content[start:]):
             yield with_file(case, case.entry, bad)
     for _ in range(150):  # 2 or 4 bytes: sizes, offsets and counts
@@ -272,7 +281,9 @@ class Watch:
 @pytest.fixture(scope="module")
 def watch(tmp_path_factory) -> Watch:
     folder = tmp_path_factory.mktemp("undamaged")
-    for case in (plain(), sharded(), checkpoint(folder)):  # what a first read imports, such as the codecs of zip names
+    for codec in ("cp437", "raw-unicode-escape"):  # of zip names and text opcodes; Python imports codecs at first use
+        codecs.lookup(codec)
+    for case in (plain(), sharded(), checkpoint(folder)):
         outcome(written(folder, case))
     return Watch()
 
@@ -344,11 +355,11 @@ def test_truncated_files(tmp_path, watch):
 
 
 DAMAGE = {  # how, how many files at least, how many of them at most may show another description
-    "flipped headers": (lambda folder, rng: flipped_headers(rng), 2400, 0.06),
+    "flipped headers": (lambda folder, rng: flipped_headers(rng), 1900, 0.06),
     "edited headers": (lambda folder, rng: edited_headers(rng, 700), 1050, 0.02),
     "claimed lengths": (lambda folder, rng: claimed_lengths(rng), 70, 0),
-    "zips": (damaged_zips, 1600, 0),
-    "pickles": (lambda folder, rng: damaged_pickles(folder, rng, 1000), 2400, 0.06),
+    "zips": (damaged_zips, 1500, 0),
+    "pickles": (lambda folder, rng: damaged_pickles(folder, rng, 1000), 2000, 0.06),
     "garbage": (lambda folder, rng: garbage(rng, 300), 300, 0),
 }
 
@@ -360,4 +371,4 @@ def test_damaged_files(tmp_path, watch, kind):
     print(f"{kind}: {dict(counts)}")
     assert counts.total() >= at_least
     assert counts["another description"] <= redescribed * counts.total()
-    assert counts["refused"] > counts.total() / 2
+    assert counts["refused"] > 0.4 * counts.total()

@@ -86,3 +86,11 @@ def write_checkpoint(
         for entry, data in entries.items():
             archive.writestr(zipfile.ZipInfo(f"archive/{entry}"), data, compression)
     return path
+
+
+def with_64_bit_end(content: bytes) -> bytes:
+    """The archive as torch.save ends it: an end record with 64-bit sizes and its locator before the usual one."""
+    entries, length, start = struct.unpack("<HII", content[-12:-2])
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, entries, entries, length, start)
+    locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, len(content) - 22, 1)
+    return content[:-22] + record + locator + content[-22:]
