@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = {"scan", "layers", "mamba", "attention", "tokens", "channel_unifier", "heads", "lumamba"}
+PARTS = {"scan", "layers", "mamba", "attention", "tokens", "channel_unifier", "heads"}
+MODEL = PARTS | {"montage_model", "lumamba", "luna", "femba", "architectures"}
 MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
     "scan": set(),
     "layers": set(),
@@ -24,7 +25,17 @@ MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
     "tokens": {"layers"},
     "channel_unifier": {"attention", "layers"},
     "heads": {"attention", "layers", "mamba", "scan"},
-    "lumamba": MODEL,
+    "montage_model": PARTS,
+    "lumamba": PARTS | {"montage_model"},
+    "luna": PARTS | {"montage_model"},
+    "femba": PARTS,
+    "architectures": MODEL,
+    "flops": MODEL,
+    "torch_files": {"torch_pickle"},
+    "torch_pickle": set(),
+    "torch_architecture": MODEL,
+    "torch_keys": MODEL,
+    "weight_sources": set(),
 }
 
 
