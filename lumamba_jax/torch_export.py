@@ -55,7 +55,7 @@ def torch_arguments(config: ModelConfig) -> dict[str, Any]:
     }
     if not isinstance(config, LuMambaConfig):
         return arguments | {"depth": config.num_blocks, "drop_path": config.drop_path}
-    arguments |= {"num_blocks": config.num_blocks, "exp": config.expand}
+    arguments |= {"num_blocks": config.num_blocks, "exp": config.expand, "drop_path": 0.0}
     if config.bidirectional == "none":
         arguments["bidirectional"] = False
     else:
