@@ -23,6 +23,7 @@ from lumamba_jax.checkpoint import (
     abstract_params,
     load_pretrained,
     package_versions,
+    read_metadata,
     require_same_encoder,
     save_pretrained,
 )
@@ -168,7 +169,14 @@ class Run:
             "n_times": store.n_times,
             "split": self.windows.split.digest,
             "initialized_from": self.config.trainer.init_from or None,
+            **self._licence_of_origin(),
         }
+
+    def _licence_of_origin(self) -> dict[str, str]:
+        """The licence note of the weights that training started from: it holds for what they become."""
+        source = self.config.trainer.init_from
+        origin = read_metadata(source)["provenance"] if source else {}
+        return {key: origin[key] for key in ("licence", "licence_note") if origin.get(key)}
 
     def score_best(self) -> dict[str, dict[str, float]]:
         """Metrics of the best model on validation and test, with the baseline beside; predictions are saved."""
