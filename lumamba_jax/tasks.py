@@ -7,13 +7,13 @@ to everything, so a padded window counts exactly as the same window alone.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lumamba_jax import losses, masking, metrics, normalization
 from lumamba_jax.architectures import Model, ModelConfig
@@ -148,6 +148,22 @@ def _dropout(keys: Keys) -> nnx.Rngs:
     return nnx.Rngs(dropout=jax.random.wrap_key_data(jnp.tile(words, 2), impl="rbg"))
 
 
+class PretrainDraws(NamedTuple):
+    """What one step of pre-training draws; None where its objective draws nothing of the kind.
+
+    Attributes:
+        mask: True = hidden.
+        position_noise: standard normal.
+        view_starts: first sample of every local and of every global view.
+        directions: of SIGReg, Gaussian columns, not normalised.
+    """
+
+    mask: Bool[Array, "B C T"] | None = None
+    position_noise: Float[Array, "B C 3"] | None = None
+    view_starts: tuple[Int[Array, "Vl B"], Int[Array, "Vg B"]] | None = None
+    directions: Float[Array, "M R"] | None = None
+
+
 class Pretrain:
     """Masked reconstruction with query specialisation, LeJEPA, or both (arXiv 2603.19100; weights in `losses`)."""
 
@@ -159,13 +175,15 @@ class Pretrain:
             config.local_views, config.local_patches, config.global_views, config.global_patches
         )
 
-    def loss(self, model: Model, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
-        """See `Task.loss`."""
-        return self._objective(model, batch, keys, training=True)
+    def loss(
+        self, model: Model, batch: Batch, keys: Keys, *, draws: PretrainDraws | None = None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """See `Task.loss`. `draws` take the place of those of `keys`, to repeat a step of another program."""
+        return self._objective(model, batch, draws or self._draw(batch, keys, noise=True), _dropout(keys))
 
     def evaluate(self, model: Model, batch: Batch, keys: Keys) -> dict[str, Float[Array, "B"]]:
         """The losses of the batch, repeated for each of its windows."""
-        total, terms = self._objective(model, batch, keys, training=False)
+        total, terms = self._objective(model, batch, self._draw(batch, keys, noise=False), None)
         rows = batch["signal"].shape[0]
         return {name: jnp.broadcast_to(value, (rows,)) for name, value in {"loss": total, **terms}.items()}
 
@@ -173,41 +191,60 @@ class Pretrain:
         """Means over windows: batch losses weighted by the number of real windows."""
         return {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
 
-    def _objective(self, model: Model, batch: Batch, keys: Keys, *, training: bool) -> tuple[Array, Metrics]:
-        rngs = _dropout(keys) if training else None
+    def _draw(self, batch: Batch, keys: Keys, *, noise: bool) -> PretrainDraws:
+        config = self._config
+        rows, channels, samples = batch["signal"].shape
+        mask = position_noise = starts = directions = None
+        if config.objective != "lejepa":
+            mask = masking.draw_mask(
+                keys["mask"],
+                (rows, channels, samples),
+                ratio=config.mask_ratio,
+                patch=config.mask_patch,
+                scope=config.mask_scope,
+                channel_mask=batch["channel_mask"],
+                patch_mask=batch["patch_mask"],
+            )
+            if config.position_noise and noise:
+                position_noise = masking.draw_position_noise(keys["noise"], rows, channels)
+        if config.objective != "reconstruction":
+            starts = masking.draw_view_starts(
+                keys["views"],
+                self._views,
+                n_windows=rows,
+                n_times=samples,
+                patch_size=self._patch_size,
+                patch_mask=batch["patch_mask"],
+            )
+            directions = masking.draw_sigreg_directions(keys["slices"], self._width, config.sigreg_slices)
+        return PretrainDraws(mask, position_noise, starts, directions)
+
+    def _objective(
+        self, model: Model, batch: Batch, draws: PretrainDraws, rngs: nnx.Rngs | None
+    ) -> tuple[Array, Metrics]:
         reconstruction = query = lejepa = None
         metrics: Metrics = {}
         if self._config.objective != "lejepa":
-            reconstruction, query = self._reconstruction(model, batch, keys, rngs)
+            reconstruction, query = self._reconstruction(model, batch, draws, rngs)
             metrics |= {"masked": reconstruction.masked, "unmasked": reconstruction.unmasked}
             metrics |= {} if query is None else {"query": query}
         if self._config.objective != "reconstruction":
-            lejepa = self._lejepa(model, batch, keys, rngs)
+            lejepa = self._lejepa(model, batch, draws, rngs)
             metrics |= {"similarity": lejepa.similarity, "sigreg": lejepa.sigreg, "sigreg_global": lejepa.sigreg_global}
         total = losses.pretraining_total(reconstruction, query, lejepa, lejepa_weight=self._config.lejepa_weight)
         return total, metrics
 
     def _reconstruction(
-        self, model: Model, batch: Batch, keys: Keys, rngs: nnx.Rngs | None
+        self, model: Model, batch: Batch, draws: PretrainDraws, rngs: nnx.Rngs | None
     ) -> tuple[losses.ReconstructionTerms, Float[Array, ""] | None]:
-        config = self._config
-        rows, channels, samples = batch["signal"].shape
-        padding = {"channel_mask": batch["channel_mask"], "patch_mask": batch["patch_mask"]}
-        mask = masking.draw_mask(
-            keys["mask"],
-            (rows, channels, samples),
-            ratio=config.mask_ratio,
-            patch=config.mask_patch,
-            scope=config.mask_scope,
-            **padding,
+        config, mask = self._config, draws.mask
+        assert mask is not None, "drawn for this objective"
+        output, signal = forward(
+            model, batch, config.normalization, mask=mask, position_noise=draws.position_noise, rngs=rngs
         )
-        noise = None
-        if config.position_noise and rngs is not None:
-            noise = masking.draw_position_noise(keys["noise"], rows, channels)
-        output, signal = forward(model, batch, config.normalization, mask=mask, position_noise=noise, rngs=rngs)
         assert output.reconstruction is not None, "checked when the configuration was made"
         window_mask = batch["window_mask"]
-        valid = masking.valid_samples(signal, **padding)
+        valid = masking.valid_samples(signal, batch["channel_mask"], batch["patch_mask"])
         # FEMBA reconstructs whole patches only; a remainder that its strides leave is not compared.
         covered = tuple(slice(size) for size in output.reconstruction.shape)
         terms = losses.masked_reconstruction(
@@ -230,18 +267,12 @@ class Pretrain:
         )
         return terms, query
 
-    def _lejepa(self, model: Model, batch: Batch, keys: Keys, rngs: nnx.Rngs | None) -> losses.LeJEPATerms:
-        config = self._config
+    def _lejepa(self, model: Model, batch: Batch, draws: PretrainDraws, rngs: nnx.Rngs | None) -> losses.LeJEPATerms:
+        config, starts, directions = self._config, draws.view_starts, draws.directions
+        assert starts is not None, "drawn for this objective"
+        assert directions is not None, "drawn for this objective"
         signal, patch_mask = normalize(batch, config.normalization), batch["patch_mask"]
-        rows, _, samples = signal.shape
-        starts = masking.draw_view_starts(
-            keys["views"],
-            self._views,
-            n_windows=rows,
-            n_times=samples,
-            patch_size=self._patch_size,
-            patch_mask=patch_mask,
-        )
+        samples = signal.shape[2]
         tokens, masks = [], []
         for start, patches in zip(starts, (config.local_patches, config.global_patches), strict=True):
             views = masking.crop_views(signal, start, patches * self._patch_size)  # (V, B, C, W)
@@ -251,7 +282,7 @@ class Pretrain:
         return losses.lejepa(
             tokens[0],
             tokens[1],
-            masking.draw_sigreg_directions(keys["slices"], self._width, config.sigreg_slices),
+            directions,
             local_patch_mask=masks[0],
             global_patch_mask=masks[1],
             window_mask=batch["window_mask"],
