@@ -4,6 +4,8 @@ Arrays may have any number of windows, channels and patches. Each is padded to t
 (2^k and 1.5 * 2^k) with exact masks, so that few programs are compiled and the padding changes no result.
 """
 
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from jaxtyping import Array, Float
 
 from lumamba_jax.architectures import Model, ModelConfig, abstract_model
 from lumamba_jax.checkpoint import describe, is_export, load_pretrained
+from lumamba_jax.compilation import compiler_options, in_blocks
 from lumamba_jax.femba import FembaConfig
 from lumamba_jax.heads import ComputeDtype
 from lumamba_jax.losses import view_embeddings
@@ -25,6 +28,8 @@ from lumamba_jax.torch_architecture import NO_OVERRIDES, Overrides
 from lumamba_jax.torch_files import weight_files
 from lumamba_jax.torch_weights import load_torch_weights
 from lumamba_jax.weight_sources import resolve
+
+Program = Callable[[nnx.GraphDef, Normalization, nnx.State, dict[str, Array]], Array]
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def embed(
     Returns: float32 `(N, M)`, or `(N, S, M)` with `per_patch`; without the first axis for a single window.
     Raises: ValueError for shapes that do not fit, values that are not finite, T not a multiple of the patch size.
     """
-    latents = _in_batches(model, signal_uv, locations, batch_size, _pooled_latent if not per_patch else _latent)
+    latents = _in_batches(model, signal_uv, locations, batch_size, _encode if per_patch else _pool)
     return latents[..., : model.config.num_patches(np.shape(signal_uv)[-1]), :] if per_patch else latents
 
 
@@ -148,21 +153,21 @@ def predict(
     """
     if model.config.head in ("reconstruction", "none"):
         raise ValueError(f"this model has the head {model.config.head!r}, which predicts nothing: fine-tune it first")
-    logits = _in_batches(model, signal_uv, locations, batch_size, _logits)
+    logits = _in_batches(model, signal_uv, locations, batch_size, _classify)
     if model.task.get("kind") == "regress":
         return logits
     independent = model.config.output_channels is not None and model.config.num_outputs is None
     return np.asarray(jax.nn.sigmoid(logits) if independent else jax.nn.softmax(logits, axis=-1))
 
 
-def _in_batches(model: LoadedModel, signal_uv: Any, locations: Any, batch_size: int, program: Any) -> np.ndarray:
+def _in_batches(model: LoadedModel, signal_uv: Any, locations: Any, batch_size: int, program: Program) -> np.ndarray:
     signal, locations, single = _checked(model.config, signal_uv, locations)
     static = (model.graphdef, model.normalization)
     outputs = []
     for start in range(0, len(signal), batch_size):
         rows = slice(start, start + batch_size)
         batch = _padded(model, signal[rows], locations[rows])
-        outputs.append(np.asarray(program(*static, model.params, batch))[: len(signal[rows])])
+        outputs.append(np.asarray(_compiled(program)(*static, model.params, batch))[: len(signal[rows])])
     joined = np.concatenate(outputs)
     return joined[0] if single else joined
 
@@ -218,29 +223,36 @@ def _ladder(size: int) -> int:
 
 
 def _encode(
-    graphdef: nnx.GraphDef, normalization: Normalization, params: nnx.State, batch: dict[str, Array]
+    graphdef: nnx.GraphDef, normalization: Normalization, params: nnx.State, batch: Mapping[str, Array]
 ) -> Float[Array, "B S M"]:
     inputs = {key: batch.get(key) for key in ("channel_mask", "patch_mask", "position_encoding")}
     model: Model = nnx.merge(graphdef, params)
     return model.encode(normalize(batch, normalization), batch.get("locations"), **inputs).latent
 
 
-_latent = jax.jit(_encode, static_argnums=(0, 1))
-
-
-@jax.jit(static_argnums=(0, 1))
-def _pooled_latent(
-    graphdef: nnx.GraphDef, normalization: Normalization, params: nnx.State, batch: dict[str, Array]
+def _pool(
+    graphdef: nnx.GraphDef, normalization: Normalization, params: nnx.State, batch: Mapping[str, Array]
 ) -> Float[Array, "B M"]:
     latent = _encode(graphdef, normalization, params, batch)
     patch_mask = batch.get("patch_mask", jnp.ones(latent.shape[:2], bool))
     return view_embeddings(latent[None], patch_mask[None])[0]
 
 
-@jax.jit(static_argnums=(0, 1))
-def _logits(
-    graphdef: nnx.GraphDef, normalization: Normalization, params: nnx.State, batch: dict[str, Array]
+def _classify(
+    graphdef: nnx.GraphDef, normalization: Normalization, params: nnx.State, batch: Mapping[str, Array]
 ) -> Float[Array, "B K"]:
     logits = forward(nnx.merge(graphdef, params), batch, normalization)[0].logits
     assert logits is not None, "predict refuses models without a classification or regression head"
     return logits
+
+
+@functools.cache
+def _compiled(run: Program) -> Program:
+    """`run` over the batch in blocks, compiled; made at the first use, when the platform is known."""
+
+    def whole(
+        graphdef: nnx.GraphDef, normalization: Normalization, params: nnx.State, batch: dict[str, Array]
+    ) -> Array:
+        return in_blocks(functools.partial(run, graphdef, normalization, params), batch)
+
+    return jax.jit(whole, static_argnums=(0, 1), compiler_options=compiler_options())
