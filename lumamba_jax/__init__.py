@@ -12,7 +12,7 @@ from lumamba_jax.luna import Luna, LunaConfig
 from lumamba_jax.scan import selective_scan
 
 if TYPE_CHECKING:
-    from lumamba_jax.inference import LoadedModel, embed, load, predict
+    from lumamba_jax.inference import LoadedModel, embed, embed_recording, load, predict
 
 __all__ = [
     "Femba",
@@ -24,6 +24,7 @@ __all__ = [
     "LunaConfig",
     "ModelOutput",
     "embed",
+    "embed_recording",
     "load",
     "predict",
     "selective_scan",
@@ -32,7 +33,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Reading checkpoints brings Orbax along; whoever only builds models does not wait for it.
-    if name in {"LoadedModel", "embed", "load", "predict"}:
+    if name in {"LoadedModel", "embed", "embed_recording", "load", "predict"}:
         from lumamba_jax import inference
 
         return getattr(inference, name)

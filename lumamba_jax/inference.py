@@ -22,6 +22,8 @@ from lumamba_jax.compilation import compiler_options, in_blocks
 from lumamba_jax.femba import FembaConfig
 from lumamba_jax.heads import ComputeDtype
 from lumamba_jax.losses import view_embeddings
+from lumamba_jax.lumamba import LuMamba
+from lumamba_jax.streaming import DEFAULT_PART, encode_recording
 from lumamba_jax.tasks import Normalization, forward, normalize
 from lumamba_jax.tokens import position_encoding
 from lumamba_jax.torch_architecture import NO_OVERRIDES, Overrides
@@ -138,6 +140,48 @@ def embed(
     """
     latents = _in_batches(model, signal_uv, locations, batch_size, _encode if per_patch else _pool)
     return latents[..., : model.config.num_patches(np.shape(signal_uv)[-1]), :] if per_patch else latents
+
+
+def embed_recording(
+    model: LoadedModel,
+    signal_uv: Any,
+    locations: Float[np.ndarray, "C 3"],
+    *,
+    per_patch: bool = False,
+    part: int = DEFAULT_PART,
+) -> np.ndarray:
+    """Embed a recording of any length as one window, in bounded memory (`streaming`); LuMamba only.
+
+    Args:
+        model: from `load`, a LuMamba.
+        signal_uv: microvolts, `(C, T)`; NumPy, a memory map or an HDF5 data set, read part by part. T a multiple of the
+            patch size, rate as in training.
+        locations: electrode positions in metres, head frame.
+        per_patch: the latent of every patch instead of its mean over time.
+        part: patches that are held at once.
+
+    Returns: float32 `(M,)`, or `(S, M)` with `per_patch`; what `embed` gives for the same window.
+    Raises: ValueError for another architecture or normalisation, shapes that do not fit, values that are not finite.
+    """
+    module = model.module()
+    if not isinstance(module, LuMamba):
+        raise ValueError(
+            f"a {model.config.architecture} cannot encode a recording part by part: LUNA attends over all patches at "
+            "once, FEMBA's window is fixed; cut the recording into windows and use embed"
+        )
+    if model.normalization != "channel_zscore":
+        raise ValueError(
+            f"this model normalises with {model.normalization}, but only channel_zscore runs part by part: "
+            "cut the recording into windows and use embed"
+        )
+    dtype = np.float64 if model.position_dtype == "float64" else np.float32
+    parts = encode_recording(module, signal_uv, locations, position_dtype=dtype, part=part)
+    patches = model.config.num_patches(signal_uv.shape[1])
+    if per_patch:
+        return np.concatenate([np.asarray(x[0], np.float32) for x in parts])[:patches]
+    last = patches - (len(parts) - 1) * part
+    totals = [np.asarray(x[0, : last if i == len(parts) - 1 else part].sum(axis=0)) for i, x in enumerate(parts)]
+    return (np.sum(totals, axis=0, dtype=np.float64) / patches).astype(np.float32)
 
 
 def predict(

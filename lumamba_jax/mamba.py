@@ -10,7 +10,7 @@ The reverse direction needs no flips: an anti-causal convolution and a scan that
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,18 @@ def _dt_bias_init(key, shape, dtype) -> Array:
     return step + jnp.log(-jnp.expm1(-step))
 
 
+class MambaCarry(NamedTuple):
+    """What one part of a sequence hands to the next in the direction of the scan.
+
+    Attributes:
+        inputs: `(B, K-1, D)`, the last inputs of the convolution.
+        state: `(B, D, N)`, the state of the scan; float32 or better.
+    """
+
+    inputs: Array
+    state: Array
+
+
 class MambaBlock(nnx.Module):
     """One direction of a Mamba-1 block: `(B, S, M) -> (B, S, M)`, no norm, no residual."""
 
@@ -83,11 +95,27 @@ class MambaBlock(nnx.Module):
         stages: Stages | None = None,
     ) -> Float[Array, "B S M"]:
         """Run over axis 1, backwards with `reverse`; `valid` False marks padding, which leaves no trace elsewhere."""
+        return self.advance(u, None, valid=valid, reverse=reverse, stages=stages)[0]
+
+    def advance(
+        self,
+        u: Float[Array, "B S M"],
+        carry: MambaCarry | None,
+        *,
+        valid: Bool[Array, "B S"] | None = None,
+        reverse: bool = False,
+        stages: Stages | None = None,
+    ) -> tuple[Float[Array, "B S M"], MambaCarry]:
+        """The same over one part of a longer sequence: takes the carry of the part before (after it, with `reverse`)
+        and returns that for the next; None begins the sequence. Parts are at least d_conv - 1 long."""
         config = self.config
         x, z = jnp.split(self.in_proj(u), 2, axis=-1)  # (B, S, D) each
         if valid is not None:
             x = jnp.where(valid[:, :, None], x, 0)  # the convolution must see zeros beyond the sequence's end
-        x = jax.nn.silu(_depthwise_conv(x, self.conv_kernel[...], self.conv_bias[...], reverse=reverse))
+        halo = config.d_conv - 1
+        before = jnp.zeros((x.shape[0], halo, x.shape[2]), x.dtype) if carry is None else carry.inputs
+        inputs = x[:, :halo] if reverse else x[:, x.shape[1] - halo :]
+        x = jax.nn.silu(_depthwise_conv(x, before, self.conv_kernel[...], self.conv_bias[...], reverse=reverse))
         projected = self.x_proj(x)
         dt, B, C = jnp.split(projected, [config.dt_rank, config.dt_rank + config.d_state], axis=-1)
         delta = self.dt_proj(dt)  # (B, S, D), before bias and softplus
@@ -102,22 +130,30 @@ class MambaBlock(nnx.Module):
             delta_bias=self.dt_bias[...],
             delta_softplus=True,
             valid=valid,
+            h0=None if carry is None else carry.state,
             reverse=reverse,
             implementation=config.scan_implementation,
         )
         if stages is not None:
             stages.update(conv_act=x, x_dbl=projected, dt_raw=delta, scan_out=y, last_state=last_state)
-        return self.out_proj(y)
+        return self.out_proj(y), MambaCarry(inputs, last_state)
 
 
 def _depthwise_conv(
-    x: Float[Array, "B S D"], kernel: Float[Array, "K D"], bias: Float[Array, " D"], *, reverse: bool
+    x: Float[Array, "B S D"],
+    before: Float[Array, "B H D"],
+    kernel: Float[Array, "K D"],
+    bias: Float[Array, " D"],
+    *,
+    reverse: bool,
 ) -> Float[Array, "B S D"]:
-    """y_t = bias + sum_j kernel[j] x_{t-(K-1)+j}, with the signs of time swapped for `reverse`; zeros outside."""
+    """y_t = bias + sum_j kernel[j] x_{t-(K-1)+j}, with the signs of time swapped for `reverse`.
+
+    `before` are the H = K-1 inputs next to the first one taken.
+    """
     width, length = kernel.shape[0], x.shape[1]
     kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
-    pad = (0, width - 1) if reverse else (width - 1, 0)
-    padded = jnp.pad(x, ((0, 0), pad, (0, 0)))
+    padded = jnp.concatenate([x, before] if reverse else [before, x], axis=1)
     shifts = [width - 1 - j if reverse else j for j in range(width)]
     return bias[None, None, :] + sum(
         kernel[j][None, None, :] * jax.lax.slice_in_dim(padded, shift, shift + length, axis=1)
@@ -147,10 +183,14 @@ class BiMamba(nnx.Module):
         out = forward = self.fwd(u, valid=valid)
         if self.rev is not None:
             backward = self.rev(u, valid=valid, reverse=True)
-            out = forward + backward if self.strategy == "add" else forward * backward
+            out = self.join(forward, backward)
             if stages is not None:
                 stages[f"{prefix}mamba_rev_raw"] = jnp.flip(backward, axis=1)
         if stages is not None:
             stages[f"{prefix}mamba_fwd"] = forward
             stages[f"{prefix}mamba_out"] = out
         return out
+
+    def join(self, forward: Float[Array, "B S M"], backward: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
+        """The outputs of both directions as one."""
+        return forward + backward if self.strategy == "add" else forward * backward

@@ -7,6 +7,7 @@ Group-norm statistics run over all channels and patches of a window, so a token 
 channels and patches are left out of every statistic, which makes padding exact.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -85,6 +86,22 @@ class WindowGroupNorm(nnx.Module):
         self.bias = nnx.Param(nnx.initializers.zeros_init()(rngs.params(), (features,), dtypes.params))
 
 
+class NormSums(NamedTuple):
+    """GroupNorm statistics that add up over parts of a window: sums `(B, F)` of values and squares, rows `(B, 1)`."""
+
+    first: Array
+    second: Array
+    count: Array
+
+
+class FoldedNorm(NamedTuple):
+    """Bias of a convolution and the GroupNorm after it as one `x * slope + offset`, `(B, F)` each; bias `(F,)`."""
+
+    slope: Array
+    offset: Array
+    bias: Array
+
+
 class TimePath(nnx.Module):
     """Three small convolutions with GroupNorm and GELU per patch: `(B, C, S, P) -> (B, C, S, E)`.
 
@@ -112,60 +129,75 @@ class TimePath(nnx.Module):
         patches: Float[Array, "B C S P"],
         valid: Bool[Array, "B C S"] | None = None,
         *,
+        folded: Sequence[FoldedNorm] | None = None,
         stages: Stages | None = None,
     ) -> Float[Array, "B C S E"]:
-        """`valid` False marks padded patches."""
-        batch, channels, num_patches, width = patches.shape
-        x = patches.reshape(batch, channels * num_patches, width).astype(self.dtype)
-        weights = None if valid is None else valid.reshape(batch, -1, 1)
+        """`valid` False marks padded patches. `folded` are the three norms, when their statistics are known already."""
+        x, weights = self._rows(patches), None if valid is None else valid.reshape(valid.shape[0], -1, 1)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            matrix = conv.as_matrix(width).astype(self.dtype)
-            width = conv.geometry.out_width(width)
-            product = (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:2], -1)  # (B, C*S, W*O), without bias
-            slope, offset, bias = _folded_norm(product, conv, norm, weights)
-            normed = (product * slope[:, None] + offset[:, None]).astype(self.dtype)
+            product = self._product(i, x)
+            fold = fold_norm(norm_sums(product, weights), conv, norm) if folded is None else folded[i]
+            normed = self._apply(fold, product)
             x = gelu(normed)
             if stages is not None:
-                for layer, value in enumerate((product + bias[None, None], normed, x)):
-                    shape = (*patches.shape[:3], width, -1)
+                for layer, value in enumerate((product + fold.bias[None, None], normed, x)):
+                    shape = (*patches.shape[:3], -1, conv.kernel[...].shape[2])
                     stages[f"patch_embed.proj_in.{3 * i + layer}"] = value.reshape(shape)
         return x.reshape(*patches.shape[:3], -1)
 
+    def sums(
+        self, patches: Float[Array, "B C S P"], valid: Bool[Array, "B C S"], folded: Sequence[FoldedNorm]
+    ) -> NormSums:
+        """What a part of a window adds to the statistics of norm `len(folded)`, given the norms before it."""
+        x = self._rows(patches)
+        for i, fold in enumerate(folded):
+            x = gelu(self._apply(fold, self._product(i, x)))
+        return norm_sums(self._product(len(folded), x), valid.reshape(valid.shape[0], -1, 1))
 
-def _folded_norm(
-    product: Float[Array, "B R F"], conv: PatchConv, norm: WindowGroupNorm, weights: Bool[Array, "B R 1"] | None
-) -> tuple[Float[Array, "B F"], Float[Array, "B F"], Float[Array, " F"]]:
-    """GroupNorm of `product + bias` as `product * slope + offset`, its statistics from sums of one pass.
+    def _rows(self, patches: Float[Array, "B C S P"]) -> Float[Array, "B R P"]:
+        return patches.reshape(patches.shape[0], -1, patches.shape[-1]).astype(self.dtype)
+
+    def _product(self, i: int, x: Float[Array, "B R I"]) -> Float[Array, "B R F"]:
+        """Convolution i without its bias; features are width-major."""
+        matrix = self.convs[i].as_matrix(x.shape[-1] // self.convs[i].kernel[...].shape[1]).astype(self.dtype)
+        return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:2], -1)
+
+    def _apply(self, fold: FoldedNorm, product: Float[Array, "B R F"]) -> Float[Array, "B R F"]:
+        return (product * fold.slope[:, None] + fold.offset[:, None]).astype(self.dtype)
+
+
+def norm_sums(product: Float[Array, "B R F"], weights: Bool[Array, "B R 1"] | None) -> NormSums:
+    """Sums and sums of squares over the (valid) rows, in one pass, float32 or better."""
+    x = product.astype(jnp.promote_types(product.dtype, jnp.float32))
+    if weights is None:
+        count = jnp.full((x.shape[0], 1), x.shape[1], x.dtype)
+    else:
+        count, x = weights.sum(axis=1).astype(x.dtype), jnp.where(weights, x, 0)
+    return NormSums(x.sum(axis=1), jnp.square(x).sum(axis=1), count)
+
+
+def fold_norm(sums: NormSums, conv: PatchConv, norm: WindowGroupNorm) -> FoldedNorm:
+    """The GroupNorm of `product + bias` as `product * slope + offset`.
 
     Sums over positions and over the features of a group, and the repetition of parameters over positions, are products
     with constant 0/1 matrices: they end a fusion, so that XLA does not compute slope and offset anew for every element.
     """
-    features, repeated = norm.scale[...].shape[0], product.shape[-1]
+    features, repeated, dtype = norm.scale[...].shape[0], sums.first.shape[1], sums.first.dtype
     group = np.arange(repeated) % features // (features // NUM_GROUPS)
-    dtype = jnp.promote_types(product.dtype, jnp.float32)
     same_group = jnp.asarray(group[:, None] == group[None, :], dtype)
     repeat = jnp.asarray(np.tile(np.eye(features), repeated // features), dtype)
     parameters = jnp.stack([conv.bias[...], norm.scale[...], norm.bias[...]]).astype(dtype)
     bias, scale, shift = exact_matmul(parameters, repeat)
-    x = product.astype(dtype)
-    if weights is None:
-        count = jnp.full((1, 1), product.shape[1], dtype)
-        sums = jnp.concatenate([x.sum(axis=1), jnp.square(x).sum(axis=1)])
-    else:
-        count = weights.sum(axis=1).astype(dtype)  # (B, 1)
-        x = jnp.where(weights, x, 0)
-        sums = jnp.concatenate([x.sum(axis=1), jnp.square(x).sum(axis=1)])
-    first, second = jnp.split(sums, 2)  # (B, F) each, of the product without its bias
-    row_bias = bias[None, :]
-    moments = jnp.concatenate([first + count * row_bias, second + row_bias * (2 * first + count * row_bias)])
-    mean, square = jnp.split(exact_matmul(moments, same_group), 2)
+    row_bias, count = bias[None, :], sums.count
+    first = sums.first + count * row_bias
+    second = sums.second + row_bias * (2 * sums.first + count * row_bias)
     elements = count * float(np.count_nonzero(group == 0))
+    mean, square = jnp.split(exact_matmul(jnp.concatenate([first, second]), same_group), 2)
     mean, square = mean / elements, square / elements
-    variance = jnp.maximum(square - jnp.square(mean), 0)
-    slope = scale[None, :] / jnp.sqrt(variance + NORM_EPSILON)
+    slope = scale[None, :] / jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0) + NORM_EPSILON)
     offset = shift[None, :] + (row_bias - mean) * slope
     slope, offset = jnp.split(exact_matmul(jnp.concatenate([slope, offset]), jnp.eye(repeated, dtype=dtype)), 2)
-    return slope, offset, bias
+    return FoldedNorm(slope, offset, bias)
 
 
 def exact_matmul(x: Float[Array, "*batch I"], constant: Float[Array, "I O"]) -> Float[Array, "*batch O"]:
@@ -322,10 +354,14 @@ class Tokenizer(nnx.Module):
         *,
         masked: Bool[Array, "B C S"] | None = None,
         valid: Bool[Array, "B C S"] | None = None,
+        folded: Sequence[FoldedNorm] | None = None,
         stages: Stages | None = None,
     ) -> Float[Array, "B C S E"]:
-        """Time plus frequency path; `masked` patches become the mask token, after the statistics were taken."""
-        time = self.time_path(patches.astype(self.dtypes.compute), valid, stages=stages)
+        """Time plus frequency path; `masked` patches become the mask token, after the statistics were taken.
+
+        `folded` as in `TimePath`.
+        """
+        time = self.time_path(patches, valid, folded=folded, stages=stages)
         features = spectral_features(patches)
         frequency = self.frequency_path(features.astype(self.dtypes.compute))
         tokens = time + frequency
