@@ -1,19 +1,14 @@
-"""Parity files: stored inputs and stage-by-stage outputs of the PyTorch program, and our model run against them.
-
-A parity folder holds `manifest.json` and safetensors files. The manifest has `cases`, each with `name`, `family`,
-`config` (the PyTorch constructor's arguments), `state_files`, `data_file` and `noise_floor_f32_vs_f64`: per stage the
-largest error of the PyTorch program in float32 against itself in float64. A data file has `in/<name>` inputs,
-`f32/<stage>` and `f64/<stage>` outputs. `examples/export_torch_stages.py` writes such a folder for any checkpoint.
+"""Our models, the scan and the Mamba block run on the stored inputs of a parity folder, stage by stage.
 
 What is compared: our float32 run with the float64 reference, within 4 times the reference's own float32 error of that
-stage; our float64 run within 1e-9, or 1e-6 of the stage's scale where the file holds the value rounded to float32.
+stage; our float64 run within 1e-9, or 1e-6 of the stage's scale where the file holds the value rounded to float32;
+stored gradients in float64 within 1e-8; electrode positions in float32 bit for bit. Losses, objectives and optimizer
+steps are in `training_parity`, the format of a folder in `parity_cases`.
 """
 
 import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,20 +16,51 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lumamba_jax import training_parity
+from lumamba_jax.architectures import Model
 from lumamba_jax.checkpoint import named_leaves
-from lumamba_jax.heads import ComputeDtype
+from lumamba_jax.heads import ModelOutput
 from lumamba_jax.layers import Dtypes
 from lumamba_jax.mamba import MambaBlock, MambaConfig
-from lumamba_jax.scan import selective_scan
-from lumamba_jax.torch_architecture import Overrides
-from lumamba_jax.torch_files import read_tensors
-from lumamba_jax.torch_keys import LAYOUTS, mamba_keys
-from lumamba_jax.torch_weights import ConvertedWeights, convert_tensors
+from lumamba_jax.parity_cases import (
+    FLOAT64_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    NOISE_FLOOR_FACTOR,
+    ROUNDED_TOLERANCE,
+    Arrays,
+    ParityCase,
+    StageCheck,
+    compare,
+    compare_group,
+    float64_only,
+    inputs_of,
+    read_manifest,
+    stored_stages,
+    with_prefix,
+)
+from lumamba_jax.scan import ScanImplementation, selective_scan
+from lumamba_jax.tokens import (
+    POSITION_EPSILON,
+    POSITION_NOISE_STD,
+    encode_positions,
+    normalized_positions,
+    position_encoding,
+)
+from lumamba_jax.torch_keys import LAYOUTS, mamba_keys, unread
+from lumamba_jax.torch_weights import to_torch_tensors
 
-FORMAT_VERSION = 1
-NOISE_FLOOR_FACTOR = 4.0
-FLOAT64_TOLERANCE = 1e-9
-ROUNDED_TOLERANCE = 1e-6
+__all__ = [
+    "CHECKED_FAMILIES",
+    "COMPARISONS",
+    "FinalOutput",
+    "ParityCase",
+    "StageCheck",
+    "check_case",
+    "final_outputs",
+    "position_checks",
+    "read_manifest",
+]
+
 REQUIRED_INPUTS = {
     "lumamba": ("x", "channel_locations"),
     "luna": ("x", "channel_locations"),
@@ -42,129 +68,15 @@ REQUIRED_INPUTS = {
     "mamba": ("x",),
     "selective_scan": ("u", "delta", "A", "B", "C"),
 }
-CHECKED_FAMILIES = tuple(REQUIRED_INPUTS)
+CHECKED_FAMILIES = (*REQUIRED_INPUTS, *training_parity.CHECKED_FAMILIES, "channels")
+MODEL_INPUTS = ("x", "channel_locations", "channel_names", "mask", "loc_noise")
+SCAN_IMPLEMENTATIONS: tuple[ScanImplementation, ...] = ("associative", "sequential")
+POSITION_WIDTHS = (64, 96, 128)
+"""embed_dim of LuMamba and LUNA base, LUNA large, LUNA huge."""
+ROUNDING_STEP = 2.0**-24
+"""Distance of neighbouring float32 values in [1/2, 1)."""
 
-_QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
-
-Arrays = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class ParityCase:
-    """One case of a manifest; files are read when asked for.
-
-    Attributes:
-        name, family: as in the manifest; `CHECKED_FAMILIES` can be run.
-        config: constructor arguments of the PyTorch program.
-        state_files: the weights, all of them together.
-        data_file: inputs and stages.
-        noise_floor: stage -> largest float32 error of the PyTorch program.
-        state_prefix: where in the weights the module of this case lies (family mamba).
-    """
-
-    name: str
-    family: str
-    config: Mapping[str, Any]
-    state_files: tuple[Path, ...]
-    data_file: Path
-    noise_floor: Mapping[str, float]
-    state_prefix: str = ""
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """The weights under their published names, int8 codes multiplied by their scales."""
-        tensors = read_tensors(self.state_files)
-        scales = {name.removesuffix("::scale"): tensors.pop(name) for name in list(tensors) if name.endswith("::scale")}
-        return {name: t.astype(np.float32) * scales[name] if name in scales else t for name, t in tensors.items()}
-
-    def data(self) -> dict[str, np.ndarray]:
-        """Everything in the data file, by its stored name."""
-        return read_tensors([self.data_file])
-
-    def convert(self, compute_dtype: ComputeDtype = "float32") -> ConvertedWeights:
-        """The model of this case; what weights cannot show is taken from `config`."""
-        config = self.config
-        per_channel = config.get("classification_type") in ("mc", "mmc")
-        channels = config.get("classification_num_channels", config.get("num_channels"))
-        overrides: dict[str, Any] = {"output_channels": channels if per_channel else None}
-        if self.family != "femba":
-            overrides["num_heads"] = config.get("num_heads")
-        if self.family != "luna":
-            strategy = config.get("bidirectional_strategy", "add") if config.get("bidirectional", True) else "none"
-            overrides["bidirectional"] = strategy
-        if self.family == "femba":
-            strides = config.get("stride", (None, None))
-            overrides |= {"num_channels": config["num_channels"], "num_samples": config["seq_length"]}
-            overrides |= {"channel_stride": strides[0], "patch_stride": strides[1]}
-        return convert_tensors(
-            self.tensors(),
-            source=f"case {self.name}",
-            overrides=Overrides(**overrides),
-            compute_dtype=compute_dtype,
-        )
-
-
-@dataclass(frozen=True)
-class StageCheck:
-    """One line of the table: a stage of our run against the stored one.
-
-    `relative_error` is `max_error` over the largest absolute value of the stored stage; `problem` says why a stage
-    could not be compared at all, otherwise it is empty.
-    """
-
-    case: str
-    stage: str
-    max_error: float
-    relative_error: float
-    tolerance: float
-    problem: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """The stage was compared, and the error (never NaN) is within the tolerance."""
-        return not self.problem and self.max_error <= self.tolerance
-
-
-def read_manifest(path: str | Path) -> list[ParityCase]:
-    """The cases of a parity folder, given its `manifest.json` (or the folder).
-
-    Raises:
-        FileNotFoundError: no manifest there.
-        ValueError: not a manifest, or of another format version.
-    """
-    path = Path(path)
-    path = path / "manifest.json" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such manifest; give the manifest.json of a parity folder")
-    try:
-        manifest = json.loads(path.read_text())
-        cases = manifest["cases"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a parity manifest: no list of cases can be read from it ({error!r})"
-        ) from error
-    if manifest.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {manifest.get('format')!r}; this version reads format {FORMAT_VERSION}")
-    return [_case(path.parent, entry) for entry in cases]
-
-
-def _case(root: Path, entry: Mapping[str, Any]) -> ParityCase:
-    missing = [key for key in ("name", "family", "data_file") if key not in entry]
-    if missing:
-        raise ValueError(f"manifest in {root}: a case lacks {', '.join(missing)}")
-    floor = entry.get("noise_floor_f32_vs_f64", {})
-    return ParityCase(
-        name=entry["name"],
-        family=entry["family"],
-        config=entry.get("config", {}),
-        state_files=tuple(root / name for name in entry.get("state_files", ())),
-        data_file=root / entry["data_file"],
-        noise_floor={
-            stage: value["max_abs_err"]
-            for stage, value in floor.items()
-            if isinstance(value, Mapping) and "max_abs_err" in value
-        },
-        state_prefix=entry.get("state_prefix") or "",
-    )
+Stages = dict[str, Any]
 
 
 def check_case(case: ParityCase, *, x64: bool = False) -> list[StageCheck]:
@@ -175,46 +87,49 @@ def check_case(case: ParityCase, *, x64: bool = False) -> list[StageCheck]:
     """
     if case.family not in CHECKED_FAMILIES:
         raise ValueError(f"case {case.name}: family {case.family!r} is not one of {', '.join(CHECKED_FAMILIES)}")
-    run = {"mamba": _run_mamba, "selective_scan": _run_scan}.get(case.family, _run_model)
+    with jax.enable_x64(x64), jax.default_matmul_precision("highest"):
+        if case.family == "channels":
+            return list(_channel_checks(case))
+        if case.family in training_parity.CHECKED_FAMILIES:
+            return list(training_parity.checks(case, x64=x64))
+        return list(_checks(case, x64=x64))
+
+
+def _checks(case: ParityCase, *, x64: bool) -> Iterator[StageCheck]:
     data = case.data()
-    inputs = {name.removeprefix("in/"): array for name, array in data.items() if name.startswith("in/")}
+    inputs = inputs_of(data, x64=x64)
     missing = [name for name in REQUIRED_INPUTS[case.family] if name not in inputs]
     if missing:
         raise ValueError(f"{case.data_file}: the input(s) {', '.join('in/' + name for name in missing)} are missing")
-    dtype = np.float64 if x64 else np.float32
-    inputs = {name: x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x for name, x in inputs.items()}
-    with jax.enable_x64(x64), jax.default_matmul_precision("highest"):
-        computed = {stage: np.asarray(value) for stage, value in run(case, inputs, dtype).items()}
-    stored = {name[4:] for name in data if name.startswith(("f32/", "f64/"))}
+    run = {"mamba": _run_mamba, "selective_scan": _run_scan}.get(case.family, _run_model)
+    has_gradients = any(name.startswith("grad") for name in data)
+    computed, gradients = run(case, inputs, x64=x64, with_gradients=x64 and has_gradients)
+    stages = dict(stored_stages(data))
     order = {stage: i for i, stage in enumerate(case.noise_floor)}
-    return [
-        _compare(case, stage, computed.get(stage), data, x64=x64)
-        for stage in sorted(stored, key=lambda stage: (order.get(stage, len(order)), stage))
-        if not stage.startswith("loss")  # scalars that belong to stored gradients
-    ]
+    for stage in sorted(stages, key=lambda stage: (order.get(stage, len(order)), stage)):
+        if not stage.startswith("loss"):  # scalars that belong to the gradients
+            yield _check_stage(case, stage, computed.get(stage), data, x64=x64)
+    if "channel_locations" in inputs and not x64:
+        yield from _position_stages(case, data)
+    if has_gradients:
+        yield from _gradient_checks(case, data, computed, gradients, x64=x64)
 
 
-def _compare(case: ParityCase, stage: str, ours: np.ndarray | None, data: Arrays, *, x64: bool) -> StageCheck:
+def _check_stage(case: ParityCase, stage: str, ours: jax.Array | None, data: Arrays, *, x64: bool) -> StageCheck:
     reference = data.get(f"f64/{stage}", data.get(f"f32/{stage}"))
     assert reference is not None
-    scale = float(np.max(np.abs(reference), initial=0.0))
     if x64:
         rounded = reference.dtype != np.float64
+        scale = float(np.max(np.abs(reference), initial=0.0))
         tolerance = ROUNDED_TOLERANCE * scale if rounded else FLOAT64_TOLERANCE
+        problem = "" if f"f64/{stage}" in data else "no float64 reference is stored"
     else:
         tolerance = NOISE_FLOOR_FACTOR * case.noise_floor.get(stage, 0.0)
-    nan = float("nan")
-    if ours is None:
-        return StageCheck(case.name, stage, nan, nan, tolerance, "our model has no such stage")
-    if not x64 and stage not in case.noise_floor:
-        return StageCheck(case.name, stage, nan, nan, tolerance, "the manifest has no noise floor for it")
-    if x64 and f"f64/{stage}" not in data:
-        return StageCheck(case.name, stage, nan, nan, tolerance, "no float64 reference is stored")
-    ours = _in_stored_layout(stage, ours, reference.shape)
-    if ours.shape != reference.shape:
-        return StageCheck(case.name, stage, nan, nan, tolerance, f"shape {ours.shape}, stored {reference.shape}")
-    error = float(np.max(np.abs(ours.astype(np.float64) - reference.astype(np.float64)), initial=0.0))
-    return StageCheck(case.name, stage, error, error / scale if scale else error, tolerance)
+        problem = "" if stage in case.noise_floor else "the manifest has no noise floor for it"
+    if problem and ours is not None:
+        return StageCheck(case.name, stage, float("nan"), float("nan"), tolerance, problem)
+    stored_layout = None if ours is None else _in_stored_layout(stage, np.asarray(ours), reference.shape)
+    return compare(case.name, stage, stored_layout, reference, tolerance)
 
 
 def _in_stored_layout(stage: str, ours: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -226,42 +141,83 @@ def _in_stored_layout(stage: str, ours: np.ndarray, shape: tuple[int, ...]) -> n
     return ours.reshape(shape) if ours.size == np.prod(shape) else ours
 
 
-# --- our side of each family -----------------------------------------------------------------------------------------
+def _gradient_checks(
+    case: ParityCase, data: Arrays, computed: Stages, gradients: Stages, *, x64: bool
+) -> Iterator[StageCheck]:
+    """One line per way to compute them (`gradients` has "<way>/<stored name>") and one per stored loss."""
+    if not x64:
+        yield float64_only(case.name, "gradients")
+        return
+    losses = {name: x for name, x in with_prefix(data, "f64/").items() if name.startswith("loss")}
+    for name, stored in losses.items():
+        yield compare(case.name, name, computed.get(name), stored, GRADIENT_TOLERANCE)
+    stored = {name: array for name, array in data.items() if name.startswith("grad")}
+    for way in dict.fromkeys(name.split("/")[0] for name in gradients):
+        title = "gradients" if way == "all" else f"gradients, {way} scan"
+        yield compare_group(case.name, title, with_prefix(gradients, f"{way}/"), stored, GRADIENT_TOLERANCE)
 
 
-def _run_model(case: ParityCase, inputs: Arrays, dtype: type) -> dict[str, jax.Array]:
-    weights = case.convert("float64" if dtype is np.float64 else "float32")
-    channel_ids = inputs.get("channel_names")
+# --- our side of each family: stages and, by "<way>/<stored name>", gradients of sum(output * w_out) ------------------
 
-    # Float64 errors are far below the tolerance however it is compiled; float32 is checked as users run it.
-    @functools.partial(jax.jit, compiler_options=_QUICK_COMPILATION if dtype is np.float64 else None)
-    def run(params: nnx.State, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        stages: dict[str, jax.Array] = {}
-        nnx.merge(weights.graphdef, params)(
-            arrays["x"],
-            arrays.get("channel_locations"),
-            channel_ids=None if channel_ids is None else arrays["channel_names"],
-            mask=arrays.get("mask"),
-            position_noise=arrays.get("loc_noise"),
-            reference_position_tiling=True,
-            stages=stages,
-        )
-        return stages
-
-    known = ("x", "channel_locations", "channel_names", "mask", "loc_noise")
-    arrays = {
-        name: jnp.asarray(inputs[name].astype(np.int32) if name == "channel_names" else inputs[name])
-        for name in known
-        if name in inputs
-    }
-    return run(weights.params, arrays)
+Computed = tuple[Stages, Stages]
 
 
-def _run_mamba(case: ParityCase, inputs: Arrays, dtype: type) -> dict[str, jax.Array]:
-    block = mamba_block(case, dtype)
-    stages: dict[str, jax.Array] = {}
-    stages["out"] = block(jnp.asarray(inputs["x"]), stages=stages)
-    return stages
+def _compiled(function: Callable, *, x64: bool) -> Callable:
+    """Float64 errors are far below the tolerance however it is compiled; float32 is checked as users run it."""
+    return jax.jit(function, compiler_options=training_parity.QUICK_COMPILATION if x64 else None)
+
+
+def _run_model(case: ParityCase, inputs: Arrays, *, x64: bool, with_gradients: bool) -> Computed:
+    weights = case.convert("float64" if x64 else "float32")
+    arrays = {name: jnp.asarray(inputs[name]) for name in (*MODEL_INPUTS, "w_out") if name in inputs}
+
+    def run(params: nnx.State, arrays: Stages) -> tuple[jax.Array, Stages]:
+        stages: Stages = {}
+        output = _call(nnx.merge(weights.graphdef, params), arrays, stages)
+        result = output.logits if output.reconstruction is None else output.reconstruction
+        return jnp.zeros(()) if result is None else jnp.sum(result * arrays.get("w_out", 0.0)), stages
+
+    if not with_gradients:
+        return _compiled(run, x64=x64)(weights.params, arrays)[1], {}
+    (loss, stages), gradients = _compiled(jax.value_and_grad(run, has_aux=True), x64=x64)(weights.params, arrays)
+    unread_gradients = dict.fromkeys(unread(weights.config), 0.0)
+    named = to_torch_tensors(weights.config, gradients, kept=unread_gradients)
+    return stages | {"loss": loss}, {f"all/grad/{name}": gradient for name, gradient in named.items()}
+
+
+def _call(model: Model, arrays: Stages, stages: Stages | None = None) -> ModelOutput:
+    """The model on the stored inputs, tiled as the published code tiles them; `position_encoding` may be added."""
+    return model(
+        arrays["x"],
+        arrays.get("channel_locations"),  # pyright: ignore[reportArgumentType]  (FEMBA takes none)
+        channel_ids=arrays.get("channel_names"),
+        mask=arrays.get("mask"),
+        position_noise=arrays.get("loc_noise"),
+        position_encoding=arrays.get("position_encoding"),
+        reference_position_tiling=True,
+        stages=stages,
+    )
+
+
+def _run_mamba(case: ParityCase, inputs: Arrays, *, x64: bool, with_gradients: bool) -> Computed:
+    graphdef, params = nnx.split(mamba_block(case, np.float64 if x64 else np.float32))
+
+    def run(params: nnx.State, x: jax.Array) -> tuple[jax.Array, Stages]:
+        stages: Stages = {}
+        out = nnx.merge(graphdef, params)(x, stages=stages)
+        return jnp.sum(out * inputs.get("w_out", 0.0)), stages | {"out": out}
+
+    x = jnp.asarray(inputs["x"])
+    if not with_gradients:
+        return _compiled(run, x64=x64)(params, x)[1], {}
+    differentiated = _compiled(jax.value_and_grad(run, argnums=(0, 1), has_aux=True), x64=x64)
+    (loss, stages), (gradients, x_gradient) = differentiated(params, x)
+    leaves = named_leaves(gradients)
+    named = {"all/grad/x": x_gradient}
+    for row in mamba_keys("m", "block"):
+        gradient = LAYOUTS[row.layout].to_torch(np.asarray(leaves[row.path.removeprefix("block/")]))
+        named[f"all/grad/{row.torch_name.removeprefix('m.')}"] = gradient
+    return stages | {"loss": loss}, named
 
 
 def mamba_block(case: ParityCase, dtype: type) -> MambaBlock:
@@ -280,19 +236,194 @@ def mamba_block(case: ParityCase, dtype: type) -> MambaBlock:
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
 
-def _run_scan(case: ParityCase, inputs: Arrays, dtype: type) -> dict[str, jax.Array]:  # noqa: ARG001  (one signature)
-    def time_major(name: str) -> jax.Array:  # (B, D, L) -> (B, L, D)
-        return jnp.asarray(inputs[name].swapaxes(1, 2))
+def _run_scan(case: ParityCase, inputs: Arrays, *, x64: bool, with_gradients: bool) -> Computed:
+    softplus = bool(case.config.get("delta_softplus", False))
+    arrays = {name: jnp.asarray(x) for name, x in inputs.items() if not name.startswith("w_")}
 
-    y, last = selective_scan(
-        time_major("u"),
-        time_major("delta"),
-        jnp.asarray(inputs["A"]),
-        time_major("B"),
-        time_major("C"),
-        jnp.asarray(inputs["D"]) if "D" in inputs else None,
-        time_major("z") if "z" in inputs else None,
-        delta_bias=jnp.asarray(inputs["delta_bias"]) if "delta_bias" in inputs else None,
-        delta_softplus=bool(case.config.get("delta_softplus", False)),
-    )
-    return {"out": y.swapaxes(1, 2), "last_state": last}
+    def run(arrays: Stages, implementation: ScanImplementation) -> tuple[jax.Array, jax.Array]:
+        # Stored with features before steps, here with steps before features.
+        swapped = {n: x.swapaxes(1, 2) if n in ("u", "delta", "B", "C", "z") else x for n, x in arrays.items()}
+        y, last = selective_scan(**swapped, delta_softplus=softplus, implementation=implementation)
+        return y.swapaxes(1, 2), last
+
+    out, last = _compiled(functools.partial(run, implementation="auto"), x64=x64)(arrays)
+    stages = {"out": out, "last_state": last}
+    if not with_gradients:
+        return stages, {}
+
+    def losses_of(arrays: Stages, implementation: ScanImplementation) -> jax.Array:
+        """The loss of `grad_out`, and that of `grad_out_state`, which takes the last state in."""
+        y, last = run(arrays, implementation)
+        loss = jnp.sum(y * inputs["w_out"])
+        return jnp.stack([loss, loss + jnp.sum(last * inputs["w_state"])])
+
+    def values_and_gradients(arrays: Stages, implementation: ScanImplementation) -> tuple[jax.Array, Stages]:
+        values, pull_back = jax.vjp(functools.partial(losses_of, implementation=implementation), arrays)
+        return values, jax.vmap(pull_back)(jnp.eye(2))[0]
+
+    named: Stages = {}
+    for way in SCAN_IMPLEMENTATIONS:
+        values, gradients = _compiled(functools.partial(values_and_gradients, implementation=way), x64=x64)(arrays)
+        stages |= {"loss_out": values[0], "loss_out_state": values[1]}
+        for row, kind in enumerate(("grad_out", "grad_out_state")):
+            named |= {f"{way}/{kind}/{name}": gradient[row] for name, gradient in gradients.items()}
+    return stages, named
+
+
+# --- electrode positions ----------------------------------------------------------------------------------------------
+
+
+def _position_stages(case: ParityCase, data: Arrays) -> Iterator[StageCheck]:
+    """The positions of a model case, and the encoding where the PyTorch program's own float32 is stored."""
+    locations = np.asarray(data["in/channel_locations"], np.float32)
+    yield from position_checks(case.name, "in/channel_locations", locations)
+    stored = data.get("f32/nerf_encoding")
+    if stored is not None and "in/loc_noise" not in data:
+        ours = position_encoding(locations, stored.shape[-1])
+        yield compare(case.name, "position encoding, their float32", ours, stored, ROUNDING_STEP)
+
+
+def position_checks(case: str, montage: str, locations: np.ndarray) -> list[StageCheck]:
+    """The float32 electrode encoding of one montage, for every published width, against IEEE arithmetic.
+
+    The normalised positions, compiled, must be equal bit for bit, and so must the angles, which are products of them
+    with powers of two and decide the encoding: on the host that is equal bit for bit to the correctly rounded sine and
+    cosine of the expected angles; compiled, sine and cosine are the library's and may be off by two rounding steps.
+
+    Args:
+        case: name for the table.
+        montage: name for the table.
+        locations: `(B, C, 3)` float32, metres.
+    """
+    x = np.asarray(locations, np.float32)
+    low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
+    expected = np.divide(x - low, (high - low) + np.float32(POSITION_EPSILON), dtype=np.float32)
+    exact = {f"E{width}": _encode_expected(expected, width) for width in POSITION_WIDTHS}
+    host = {f"E{width}": position_encoding(x, width) for width in POSITION_WIDTHS}
+    results = [compare_group(case, f"position encoding, {montage}", host, exact, 0.0)]
+    if jax.default_backend() != "cpu":  # their division need not be correctly rounded; the host's encoding serves them
+        return results
+
+    @jax.jit
+    def compiled(x: jax.Array) -> tuple[jax.Array, Stages]:
+        positions = normalized_positions(x)
+        return positions, {f"E{width}": encode_positions(positions, width) for width in POSITION_WIDTHS}
+
+    with jax.enable_x64(new_val=False):
+        positions, encodings = compiled(x)
+    results.append(compare(case, f"positions compiled, {montage}", positions, expected, 0.0))
+    results.append(compare_group(case, f"encoding compiled, {montage}", encodings, exact, 2 * ROUNDING_STEP))
+    return results
+
+
+def _encode_expected(positions: np.ndarray, width: int) -> np.ndarray:
+    """Written from the specification (1.4), independently of `tokens`: float32 angles, then correctly rounded."""
+    encoding = np.zeros((*positions.shape[:2], width), np.float32)
+    for octave in range(width // 6):
+        for axis in range(3):
+            angles = np.float32(2.0**octave) * positions[:, :, axis]
+            start = (octave * 3 + axis) * 2
+            encoding[..., start] = np.sin(angles.astype(np.float64))
+            encoding[..., start + 1] = np.cos(angles.astype(np.float64))
+    return encoding
+
+
+def _channel_checks(case: ParityCase) -> Iterator[StageCheck]:
+    for name, locations in case.data().items():
+        if name.endswith("/locations_f32"):
+            yield from position_checks(case.name, name.split("/")[0], locations[None])
+
+
+# --- end to end -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FinalOutput:
+    """How far one output of a float32 run is from a reference.
+
+    Attributes:
+        case: name of the case.
+        output: `latent`, `recon` or `logits`.
+        run: whose float32 it is, and against what: a key of `COMPARISONS`.
+        max_error: largest absolute difference.
+        relative_error: `max_error` over the largest absolute value of the reference.
+        rmse: root of the mean squared difference.
+        correlation: Pearson's r.
+    """
+
+    case: str
+    output: str
+    run: str
+    max_error: float
+    relative_error: float
+    rmse: float
+    correlation: float
+
+
+COMPARISONS = {
+    "ours": "our float32 against float64",
+    "ours, their float32": "our float32 against their float32",
+    "ours, exact positions": "our float32 with positions encoded in float64, against float64",
+    "theirs": "their float32 against float64",
+}
+
+
+def final_outputs(case: ParityCase) -> list[FinalOutput]:
+    """Latent, reconstruction and logits of one model case, as far as stored, by every entry of `COMPARISONS`.
+
+    Electrode positions are encoded on the host, as `inference` does it.
+
+    Raises:
+        ValueError: a family that is no model, or weights that do not convert.
+    """
+    if case.family not in ("lumamba", "luna", "femba"):
+        raise ValueError(f"case {case.name}: family {case.family!r} has no outputs of a model")
+    data = case.data()
+    inputs = inputs_of(data, x64=False)
+    weights = case.convert()
+
+    @jax.jit
+    def outputs(params: nnx.State, arrays: Stages) -> Stages:
+        output = _call(nnx.merge(weights.graphdef, params), arrays)
+        named = {"latent": output.latent, "recon": output.reconstruction, "logits": output.logits}
+        return {name: x for name, x in named.items() if x is not None}
+
+    arrays = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
+    montage = "channel_locations" in inputs
+    encodings = {
+        run: {"position_encoding": _encoding(data, weights.config.embed_dim, dtype)} if montage else {}
+        for run, dtype in (("ours", np.float32), ("exact", np.float64))
+    }
+    with jax.default_matmul_precision("highest"):
+        ours = outputs(weights.params, arrays | encodings["ours"])
+        exact = outputs(weights.params, arrays | encodings["exact"]) if montage else {}
+    results = []
+    for name in ours:
+        double, single = data.get(f"f64/{name}"), data.get(f"f32/{name}")
+        pairs = {
+            "ours": (ours[name], double),
+            "ours, their float32": (ours[name], single),
+            "ours, exact positions": (exact.get(name), double),
+            "theirs": (single, double),
+        }
+        results += [
+            _difference(case.name, name, run, x, y) for run, (x, y) in pairs.items() if not (x is None or y is None)
+        ]
+    return results
+
+
+def _encoding(data: Arrays, embed_dim: int, dtype: type) -> np.ndarray:
+    """`tokens.position_encoding` of the stored locations and noise: positions and angles in `dtype`, then float32."""
+    with jax.enable_x64(new_val=True):
+        positions = normalized_positions(jnp.asarray(data["in/channel_locations"], dtype))
+        if "in/loc_noise" in data:
+            positions = positions + dtype(POSITION_NOISE_STD) * jnp.asarray(data["in/loc_noise"], dtype)
+        return np.asarray(encode_positions(positions.astype(jnp.float64), embed_dim), np.float32)
+
+
+def _difference(case: str, output: str, run: str, ours: jax.Array | np.ndarray, stored: np.ndarray) -> FinalOutput:
+    x, y = np.asarray(ours, np.float64).ravel(), np.asarray(stored, np.float64).ravel()
+    error = np.abs(x - y)
+    correlation = float(np.corrcoef(x, y)[0, 1]) if x.size > 1 else float("nan")
+    rmse = float(np.sqrt(np.mean(error**2)))
+    return FinalOutput(case, output, run, float(error.max()), float(error.max() / np.abs(y).max()), rmse, correlation)

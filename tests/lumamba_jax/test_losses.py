@@ -1,112 +1,23 @@
-"""Losses against the reference's float64 values and gradients, against PyTorch, and under padding.
-
-Measured against the reference tensors (largest absolute error, tolerance 1e-8): reconstruction 2e-15, query 4e-18,
-SIGReg 2e-15, LeJEPA 2e-16, all gradients 2e-16.
-"""
+"""Losses by hand, against PyTorch, and under padding; against the reference tensors: tests/parity/test_training.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from lumamba_jax import losses
 
-ATOL = 1e-8
 
-
-def _load(golden_dir, name):
-    """Read one file as JAX arrays, the float32 inputs in float64."""
-    arrays = load_file(golden_dir / "losses" / f"{name}.safetensors")
-    return {k: jnp.asarray(v, jnp.float64 if v.dtype == np.float32 else v.dtype) for k, v in arrays.items()}
-
-
-@pytest.mark.parametrize("kind", ["smooth_l1", "l1", "l2"])
-@pytest.mark.parametrize("mask", ["mask", "mask_per_sample"])
-def test_reconstruction_equals_reference(golden_dir, x64, mask, kind):
-    golden = _load(golden_dir, "reconstruction_loss")
-
-    def loss(reconstruction):
-        terms = losses.masked_reconstruction(reconstruction, golden["in/original"], golden[f"in/{mask}"], kind=kind)
-        return terms.total, terms
-
-    (_, terms), gradient = jax.value_and_grad(loss, has_aux=True)(golden["in/reconstructed"])
-    np.testing.assert_allclose(terms.masked, golden[f"f64/{mask}/{kind}/masked"], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(terms.unmasked, golden[f"f64/{mask}/{kind}/unmasked"], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(gradient, golden[f"grad/{mask}/{kind}/reconstructed"], atol=ATOL, rtol=0)
-
-
-def test_reconstruction_with_nothing_hidden_is_the_visible_part(golden_dir, x64):
-    golden = _load(golden_dir, "reconstruction_loss")
-    original, reconstructed = golden["in/original"], golden["in/reconstructed"]
-    terms = losses.masked_reconstruction(reconstructed, original, jnp.zeros(original.shape, bool))
+def test_reconstruction_with_nothing_hidden_is_the_visible_part():
+    rng = np.random.default_rng(9)
+    original, reconstructed = (jnp.asarray(rng.normal(size=(2, 3, 40)), jnp.float32) for _ in range(2))
+    terms = losses.masked_reconstruction(reconstructed, original, jnp.zeros(original.shape, bool), kind="l2")
     assert terms.masked == 0
-    np.testing.assert_allclose(terms.unmasked, golden["f32/all_false_mask/smooth_l1/unmasked"], rtol=1e-6)
-    np.testing.assert_allclose(terms.total, 0.05 * terms.unmasked, rtol=1e-12)
+    np.testing.assert_allclose(terms.unmasked, np.mean((np.asarray(reconstructed) - original) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(terms.total, 0.05 * terms.unmasked, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["smooth_l1", "l1", "l2"])
-@pytest.mark.parametrize("case", ["a", "b", "c"])
-def test_query_specialization_equals_reference(golden_dir, x64, case, kind):
-    golden = _load(golden_dir, "query_specialization")
-    scores = golden[f"in/{case}/attention_scores"][None]  # all rows as patches of one window
-
-    def loss(scores):
-        return losses.query_specialization(scores, kind=kind)
-
-    np.testing.assert_allclose(loss(scores), golden[f"f64/{case}/{kind}/0.8"], atol=ATOL, rtol=0)
-    bare = losses.query_specialization(scores, kind=kind, weight=1.0)
-    np.testing.assert_allclose(bare, golden[f"f64/{case}/{kind}/1.0"], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(jax.grad(loss)(scores)[0], golden[f"grad/{case}/{kind}/0.8"], atol=ATOL, rtol=0)
-
-
-@pytest.mark.parametrize("case", ["a", "b", "c"])
-def test_sigreg_equals_reference(golden_dir, x64, case):
-    golden = _load(golden_dir, "sigreg")
-    x, directions = golden[f"in/{case}/x"], golden[f"in/{case}/A_raw"]
-    value, gradient = jax.value_and_grad(losses.sigreg)(x, directions)
-    np.testing.assert_allclose(value, golden[f"f64/{case}/value"], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(gradient, golden[f"f64/{case}/grad_x"], atol=ATOL, rtol=0)
-
-
-def test_lejepa_equals_reference(golden_dir, x64):
-    golden = _load(golden_dir, "lejepa_given_embeddings")
-    local, global_ = golden["in/local_tokens"], golden["in/global_tokens"]
-
-    def loss(local, global_):
-        terms = losses.lejepa(local, global_, golden["in/A_raw"])
-        return terms.total, terms
-
-    gradients, terms = jax.grad(loss, argnums=(0, 1), has_aux=True)(local, global_)
-    np.testing.assert_allclose(losses.view_embeddings(local), golden["f64/local_embeddings"], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(terms.similarity, golden["f64/similarity"], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(terms.sigreg, golden["f64/sigreg"], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(terms.total, golden["f64/loss"], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(gradients[0], golden["grad/local_tokens"], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(gradients[1], golden["grad/global_tokens"], atol=ATOL, rtol=0)
-
-
-def test_total_is_composed_as_the_reference_composes_it(golden_dir, x64):
-    golden = load_file(golden_dir / "losses" / "pretrain_objectives.safetensors")
-
-    def value(key):
-        return jnp.asarray(golden[f"f64/{key}"])
-
-    def lejepa_terms(objective):
-        similarity = value(f"{objective}/LeJEPA_train_similarity_loss")
-        sigreg = value(f"{objective}/LeJEPA_train_SIGReg_loss")
-        total = (1 - losses.LEJEPA_LAMBDA) * similarity + losses.LEJEPA_LAMBDA * sigreg
-        np.testing.assert_allclose(total, value(f"{objective}/lejepa_loss"), atol=1e-12, rtol=0)
-        return losses.LeJEPATerms(total, similarity, sigreg, sigreg)
-
-    masked = losses.ReconstructionTerms(value("mixed/masked_loss"), jnp.zeros(()), jnp.zeros(()))
-    query = value("mixed/query_specialization_loss")
-    mixed = losses.pretraining_total(masked, query, lejepa_terms("mixed"))
-    np.testing.assert_allclose(mixed, value("mixed/total_loss"), atol=1e-12, rtol=0)
-    only = losses.pretraining_total(lejepa_terms=lejepa_terms("lejepa_only"))
-    np.testing.assert_allclose(only, value("lejepa_only/total_loss"), atol=1e-12, rtol=0)
-    without = losses.pretraining_total(masked, query)
-    np.testing.assert_allclose(without, value("reconstruction/total_loss"), atol=1e-12, rtol=0)
+def test_a_total_needs_a_term():
     with pytest.raises(ValueError, match="at least one"):
         losses.pretraining_total()
 

@@ -1,15 +1,16 @@
-"""Every stage of every stored LuMamba run, and that the comparison can fail."""
+"""Every stage and gradient of every stored run, final outputs, and that the comparison can fail."""
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from convert_torch_weights import main
-from lumamba_jax.parity import CHECKED_FAMILIES, check_case, read_manifest
+from lumamba_jax.parity import CHECKED_FAMILIES, COMPARISONS, check_case, final_outputs, read_manifest
 from lumamba_jax.torch_architecture import Overrides, infer_config
 
 COMMITTED = Path(__file__).parent / "golden"
@@ -81,12 +82,12 @@ def parity_folder(tmp_path):
     return tmp_path, tensors
 
 
-def test_check_passes_and_counts_what_is_no_model(parity_folder, capsys):
+def test_check_passes_and_counts_what_is_unknown(parity_folder, capsys):
     folder, _ = parity_folder
     assert main(["--check", str(folder / "manifest.json"), "--x64"]) == 0
     out = capsys.readouterr().out
     assert "1 of 1 cases pass in float64" in out
-    assert "no model or scan, checked by the test suite instead: 1 losses" in out
+    assert "of families unknown here, not checked: 1 losses" in out
     assert "recon " in out
 
 
@@ -145,7 +146,6 @@ def test_a_data_file_without_inputs_is_one_sentence(parity_folder, capsys):
     [
         (["--check", "nowhere.json"], "no such manifest"),
         (["--check", str(COMMITTED), "--case", "scan_l31"], "closest: scan_L31"),
-        (["--check", str(COMMITTED), "--case", "train5_pretrain_adamw"], "nothing to check"),
         (["--check", __file__], "is not a parity manifest"),
         ([], "give WEIGHTS"),
     ],
@@ -155,3 +155,69 @@ def test_bad_requests_get_one_sentence_and_status_2(arguments, message, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_folder_of_unknown_families_has_nothing_to_check(parity_folder, capsys):
+    assert main(["--check", str(parity_folder[0]), "--case", "other"]) == 2
+    assert "nothing to check, the families are losses" in capsys.readouterr().err
+
+
+def test_optimizer_steps_are_said_to_be_float64_only(capsys):
+    assert main(["--check", str(COMMITTED), "--case", "train5_pretrain_adamw"]) == 0
+    assert "1 of them hold float64 numbers only (check with --x64): train5_pretrain_adamw" in capsys.readouterr().out
+
+
+def test_montages_are_checked_against_the_stored_tables(golden_dir, tmp_path, capsys):
+    arguments = ["--case", "channel_locations"]
+    assert main(["--check", str(golden_dir), *arguments]) == 0
+    manifest = json.loads((golden_dir / "manifest.json").read_text())
+    entries = [entry for entry in manifest["cases"] if entry["name"] == "channel_locations"]
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "cases": entries}))
+    (tmp_path / "tables").mkdir()
+    shutil.copy(golden_dir / "tables" / "channels.json", tmp_path / "tables")
+    tensors = load_file(golden_dir / "tables" / "channel_locations.safetensors")
+    tensors["siena/locations_f32"][3, 1] += np.float32(1e-7)
+    save_file(tensors, tmp_path / "tables" / "channel_locations.safetensors")
+    capsys.readouterr()
+    assert main(["--check", str(tmp_path), *arguments]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.endswith("FAIL")]
+    assert [line.split("  ")[1] for line in failed[:-1]] == ["siena, positions, float32"]
+
+
+def test_a_femba_case_that_says_too_little_is_assumed_or_one_sentence(golden_dir):
+    case = next(case for case in read_manifest(golden_dir) if case.name == "femba_micro_cls_bc__allfalse")
+    silent = dataclasses.replace(case, config={})
+    assumed = " ".join(silent.convert().assumed)
+    assert "num_channels" in assumed
+    _assert_all_pass(check_case(silent, x64=True))
+
+
+# --- final outputs ---------------------------------------------------------------------------------------------------
+
+
+def test_final_outputs_are_compared_with_every_reference():
+    case = CASES["lumamba_micro_pretrain__c22_t200_masked_noise"]
+    found = {(o.output, o.run): o for o in final_outputs(case)}
+    assert set(found) == {(output, run) for output in ("latent", "recon") for run in COMPARISONS}
+    data = case.data()
+    theirs = data["f32/recon"].astype(np.float64) - data["f64/recon"]
+    measured = found["recon", "theirs"]
+    assert measured.rmse == pytest.approx(np.sqrt(np.mean(theirs**2)))
+    assert measured.relative_error == pytest.approx(np.abs(theirs).max() / np.abs(data["f64/recon"]).max())
+    for output in found.values():
+        assert 1e-8 < output.max_error / 10 < 1e-6
+        assert 1 - output.correlation < 1e-11
+    with pytest.raises(ValueError, match="has no outputs of a model"):
+        final_outputs(CASES["scan_L1"])
+
+
+@pytest.mark.slow
+def test_full_size_models_end_to_end(golden_dir):
+    """Measured (largest over the cases): see docs/parity.md; float32 of the positions decides against float64."""
+    cases = [case for case in read_manifest(golden_dir) if case.name.startswith(("lumamba_tiny", "luna_base"))]
+    outputs = [o for case in cases for o in final_outputs(case) if o.output != "latent"]
+    assert len(cases) == 7
+    for o in outputs:
+        assert o.relative_error <= 2e-5, o
+        if o.run == "ours, exact positions":
+            assert o.rmse <= 2e-6, o
