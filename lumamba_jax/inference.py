@@ -184,6 +184,34 @@ def embed_recording(
     return (np.sum(totals, axis=0, dtype=np.float64) / patches).astype(np.float32)
 
 
+def evaluation(
+    model: LoadedModel, output: Literal["embedding", "prediction"]
+) -> Callable[[nnx.State, dict[str, Array]], Array]:
+    """The pure function `(params, {"signal": (N, C, T), "locations": (N, C, 3)}) -> (N, M) or (N, K)` to compile.
+
+    Windows without padding, in microvolts; what `embed` and `predict` return.
+    Raises: ValueError as `predict` for a model without a classifier.
+    """
+    if output == "embedding":
+        return functools.partial(_pool, model.graphdef, model.normalization)
+    finish = _finish(model)
+
+    def run(params: nnx.State, batch: dict[str, Array]) -> Array:
+        return finish(_classify(model.graphdef, model.normalization, params, batch))
+
+    return run
+
+
+def _finish(model: LoadedModel) -> Callable[[Array], Array]:
+    """What makes probabilities (or predicted values) of logits."""
+    if not model.config.classifies:
+        raise ValueError(f"this model has the head {model.config.head!r}, which predicts nothing: fine-tune it first")
+    if model.task.get("kind") == "regress":
+        return lambda logits: logits
+    independent = model.config.output_channels is not None and model.config.num_outputs is None
+    return jax.nn.sigmoid if independent else functools.partial(jax.nn.softmax, axis=-1)
+
+
 def predict(
     model: LoadedModel,
     signal_uv: Float[np.ndarray, "*N C T"],
@@ -195,13 +223,8 @@ def predict(
 
     Raises: ValueError when the model has no classification or regression head.
     """
-    if model.config.head in ("reconstruction", "none"):
-        raise ValueError(f"this model has the head {model.config.head!r}, which predicts nothing: fine-tune it first")
-    logits = _in_batches(model, signal_uv, locations, batch_size, _classify)
-    if model.task.get("kind") == "regress":
-        return logits
-    independent = model.config.output_channels is not None and model.config.num_outputs is None
-    return np.asarray(jax.nn.sigmoid(logits) if independent else jax.nn.softmax(logits, axis=-1))
+    finish = _finish(model)
+    return np.asarray(finish(_in_batches(model, signal_uv, locations, batch_size, _classify)))
 
 
 def _in_batches(model: LoadedModel, signal_uv: Any, locations: Any, batch_size: int, program: Program) -> np.ndarray:
