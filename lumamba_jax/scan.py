@@ -7,17 +7,41 @@
 (Mamba, arXiv 2312.00752, eq. 2a-2b with the discretisation of section 3.3, Euler for B as in its implementation.)
 The recurrence is associative in pairs `(a, b)`: `(a1, b1) . (a2, b2) = (a1 a2, a2 b1 + b2)`.
 
-State and sums are float32 whatever the inputs' dtype (float64 when they are float64).
+State and sums are float32 whatever the inputs' dtype (float64 when they are float64). Inside, the state is (N, D) with
+D along the vector lanes. The figures behind the choices made here are in `docs/performance.md`.
 """
 
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-ScanImplementation = Literal["auto", "associative", "sequential"]
+ScanImplementation = Literal["auto", "associative", "sequential", "chunked", "pallas"]
+
+# Steps between two saved states of `chunked`: a chunk's decays and states (2 x 49 KB per step at D = 768, N = 16) stay
+# in cache, and the saved states cost 3 KB per step.
+_CHUNK = 16
+# From this size on XLA's CPU backend splits a step over threads anyway, and a polynomial for the decay is 1.4 times
+# faster than its exp. Below it the polynomial would make XLA split steps of a few microseconds, which costs more.
+_LARGE_STEP = 65536
+# On a GPU one associative scan up to this length; beyond it chunks of this length, so that memory does not grow with L.
+_ASSOCIATIVE_LENGTH = 512
+
+
+class ScanInputs(NamedTuple):
+    """What one direction of a block feeds to the scan; meanings and shapes as in `selective_scan`."""
+
+    u: Float[Array, "B L D"]
+    delta: Float[Array, "B L D"]
+    A: Float[Array, "D N"]
+    B: Float[Array, "B L N"]
+    C: Float[Array, "B L N"]
+    D: Float[Array, " D"] | None = None
+    z: Float[Array, "B L D"] | None = None
+    delta_bias: Float[Array, " D"] | None = None
 
 
 def selective_scan(
@@ -51,8 +75,13 @@ def selective_scan(
         valid: False marks padding: such a step leaves the state as it is (its own output is meaningless).
         h0: state before the first step (before the last one with `reverse`); zeros when None.
         reverse: run from the last step to the first; outputs stay in the order of the inputs.
-        implementation: `associative` (one `jax.lax.associative_scan`, parallel over L, `O(B L D N)` memory),
-            `sequential` (`jax.lax.scan`, the carry stays in cache) or `auto` (sequential on a CPU, else associative).
+        implementation: `sequential` (`jax.lax.scan`; derivatives of any order and mode), `associative` (one
+            `jax.lax.associative_scan`, parallel over L, `O(B L D N)` memory), `chunked` (sequential and in place; its
+            gradient recomputes the states chunk by chunk from one saved state per chunk), `pallas` (one fused kernel on
+            TPU and GPU; interpreted, so slow, on a CPU) or `auto`: `chunked` on a CPU, `pallas` on a TPU, on a GPU
+            `associative` in chunks that are recomputed in the gradient. `auto` is resolved when the program is lowered,
+            so one that is lowered on a CPU host for a TPU gets the TPU's kernel. `chunked`, `pallas` and `auto` have
+            reverse-mode first derivatives only.
 
     Returns:
         `(y, h_last)`: y `(B, L, D)` in u's dtype; the state after the last step taken, float32 (float64 for float64).
@@ -60,50 +89,112 @@ def selective_scan(
     Raises:
         ValueError: unknown implementation, L = 0, or shapes that do not fit together.
     """
-    _check_shapes(u, delta, A, B, C)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    _check(inputs, implementation)
+    state_dtype = jnp.promote_types(u.dtype, jnp.float32)
+    if h0 is None:
+        h0 = jnp.zeros((u.shape[0], *A.shape), state_dtype)
+    h0 = jnp.asarray(h0, state_dtype).transpose(0, 2, 1)
+    run = partial(_RUN[implementation], delta_softplus=delta_softplus, reverse=reverse)
+    y, h_last = run(inputs, valid, h0)
+    return y, h_last.transpose(0, 2, 1)
+
+
+def bidirectional_scan(
+    forward: ScanInputs,
+    backward: ScanInputs,
+    *,
+    delta_softplus: bool = False,
+    valid: Bool[Array, "B L"] | None = None,
+    implementation: ScanImplementation = "auto",
+) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
+    """Both directions of a bidirectional block: `forward` from the first step to the last, `backward` the other way.
+
+    Both are given, and both outputs `(y_forward, y_backward)` are returned, in the order of time. Arguments and errors
+    otherwise as in `selective_scan`. On a CPU two scans one after the other are faster than one over a doubled batch.
+    """
+    run = partial(selective_scan, delta_softplus=delta_softplus, valid=valid, implementation=implementation)
+    y_forward, _ = run(**forward._asdict())
+    y_backward, _ = run(**backward._asdict(), reverse=True)
+    return y_forward, y_backward
+
+
+def _check(x: ScanInputs, implementation: str) -> None:
     if implementation not in get_args(ScanImplementation):
         raise ValueError(
             f"scan implementation {implementation!r} is unknown: choose one of {get_args(ScanImplementation)}"
         )
-    state_dtype = jnp.promote_types(u.dtype, jnp.float32)
-    u_, delta_, A_, B_, C_ = (jnp.asarray(x, state_dtype) for x in (u, delta, A, B, C))
-    if delta_bias is not None:
-        delta_ = delta_ + delta_bias.astype(state_dtype)[None, None, :]
-    if delta_softplus:
-        delta_ = jax.nn.softplus(delta_)
-    if valid is not None:
-        delta_ = jnp.where(valid[:, :, None], delta_, 0)
-    if h0 is None:
-        h0 = jnp.zeros((u.shape[0], *A.shape), state_dtype)
-    if implementation == "auto":
-        implementation = "sequential" if jax.default_backend() == "cpu" else "associative"
-    run = _associative if implementation == "associative" else _sequential
-    y, h_last = run(u_, delta_, A_.T, B_, C_, jnp.asarray(h0, state_dtype).transpose(0, 2, 1), reverse=reverse)
-    if D is not None:
-        y = y + u_ * D.astype(state_dtype)[None, None, :]
-    if z is not None:
-        y = y * jax.nn.silu(z.astype(state_dtype))
-    return y.astype(u.dtype), h_last.transpose(0, 2, 1)
-
-
-def _check_shapes(u: Array, delta: Array, A: Array, B: Array, C: Array) -> None:
-    batch, length, width = u.shape
-    expected = {"delta": (batch, length, width), "A": (width, A.shape[-1]), "B": (batch, length, A.shape[-1])}
+    batch, length, width = x.u.shape
+    states = x.A.shape[-1]
+    expected = {"delta": (batch, length, width), "A": (width, states), "B": (batch, length, states)}
     expected["C"] = expected["B"]
-    for name, array in (("delta", delta), ("A", A), ("B", B), ("C", C)):
-        if array.shape != expected[name]:
-            raise ValueError(f"selective_scan: {name} has shape {array.shape}, u {u.shape} asks for {expected[name]}")
+    for name, shape in expected.items():
+        if getattr(x, name).shape != shape:
+            raise ValueError(
+                f"selective_scan: {name} has shape {getattr(x, name).shape}, u {x.u.shape} asks for {shape}"
+            )
     if length == 0:
         raise ValueError("selective_scan: the sequence is empty (L = 0); pass at least one step")
 
 
-def _associative(u, delta, A, B, C, h0, *, reverse: bool):  # A (N, D), h0 (B, N, D)
+# ---- discretisation, skip and gate, around any of the cores -------------------------------------------------------
+
+
+def _around(core):
+    """`core`: u, delta (B, L, D), A (N, D), B, C (B, L, N), h0 (B, N, D), reverse -> y and the last state."""
+
+    def run(x: ScanInputs, valid: Array | None, h0: Array, *, delta_softplus: bool, reverse: bool):
+        u, delta, A, B, C = (jnp.asarray(v, h0.dtype) for v in x[:5])
+        if x.delta_bias is not None:
+            delta = delta + x.delta_bias.astype(h0.dtype)[None, None, :]
+        if delta_softplus:
+            delta = softplus(delta)
+        if valid is not None:
+            delta = jnp.where(valid[:, :, None], delta, 0)
+        y, h_last = core(u, delta, A.T, B, C, h0, reverse=reverse)
+        if x.D is not None:
+            y = y + u * x.D.astype(h0.dtype)[None, None, :]
+        if x.z is not None:
+            y = y * jax.nn.silu(x.z.astype(h0.dtype))
+        return y.astype(x.u.dtype), h_last
+
+    return run
+
+
+@jax.custom_jvp
+def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log(1 + exp(x)) to 3e-7 relative in float32, for any x, from functions that XLA's CPU backend vectorises.
+
+    max(x, 0) + log(1 + e) with e = exp(-|x|), and log(1 + e) = 2 atanh(e / (2 + e)) (Abramowitz and Stegun 4.6.22); the
+    argument is at most 1/3, so eight terms of the series leave 2e-9. `jax.nn.softplus` calls a scalar log1p there and
+    is several times slower; it serves the other dtypes.
+    """
+    if x.dtype != jnp.float32:
+        return jax.nn.softplus(x)
+    e = jnp.exp(-jnp.abs(x))
+    s = e / (2 + e)
+    square, series = s * s, jnp.full_like(s, 1 / 15)
+    for n in range(13, 0, -2):
+        series = series * square + 1 / n
+    return jnp.maximum(x, 0) + 2 * s * series
+
+
+@softplus.defjvp
+def _softplus_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return softplus(x), jax.nn.sigmoid(x) * dx
+
+
+# ---- associative and sequential -----------------------------------------------------------------------------------
+
+
+def _associative(u, delta, A, B, C, h0, *, reverse: bool):
     decay = jnp.exp(delta[:, :, None, :] * A[None, None])  # (B, L, N, D)
     drive = (delta * u)[:, :, None, :] * B[:, :, :, None]  # (B, L, N, D)
     first = -1 if reverse else 0
     drive = drive.at[:, first].add(decay[:, first] * h0)
     _, h = jax.lax.associative_scan(_compose, (decay, drive), reverse=reverse, axis=1)
-    y = jnp.einsum("BLND,BLN->BLD", h, C)
+    y = jnp.einsum("BLND,BLN->BLD", h, C, precision="highest")
     return y, h[:, 0 if reverse else -1]
 
 
@@ -112,16 +203,265 @@ def _compose(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Arr
     return a1 * a2, a2 * b1 + b2
 
 
-def _sequential(u, delta, A, B, C, h0, *, reverse: bool):  # A (N, D), h0 (B, N, D)
-    def step(h, inputs):
-        u_t, delta_t, B_t, C_t = inputs  # (B, D), (B, D), (B, N), (B, N)
+def _associative_in_chunks(u, delta, A, B, C, h0, *, reverse: bool):
+    """One associative scan per `_ASSOCIATIVE_LENGTH` steps; the gradient recomputes what is inside."""
+    batch, length, _ = u.shape
+    if length <= _ASSOCIATIVE_LENGTH:
+        return jax.checkpoint(partial(_associative, reverse=reverse))(u, delta, A, B, C, h0)
+    chunks = -(-length // _ASSOCIATIVE_LENGTH)
+    missing = chunks * _ASSOCIATIVE_LENGTH - length  # steps of size zero leave the state as it is
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
+        return x.reshape(batch, chunks, _ASSOCIATIVE_LENGTH, -1).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def chunk(h, x):
+        u, delta, B, C = x
+        y, h = _associative(u, delta, A, B, C, h, reverse=reverse)
+        return h, y
+
+    h_last, y = jax.lax.scan(chunk, h0, tuple(split(x) for x in (u, delta, B, C)), reverse=reverse)
+    return y.swapaxes(0, 1).reshape(batch, length + missing, -1)[:, :length], h_last
+
+
+def _sequential(u, delta, A, B, C, h0, *, reverse: bool):
+    def step(h, x):
+        u_t, delta_t, B_t, C_t = x  # (B, D), (B, D), (B, N), (B, N)
         h = jnp.exp(delta_t[:, None, :] * A[None]) * h + (delta_t * u_t)[:, None, :] * B_t[:, :, None]
-        # A dot: written as `(h * C).sum(1)` XLA's CPU backend makes it a strided scalar loop, several times slower.
-        return h, jnp.einsum("BND,BN->BD", h, C_t)
+        return h, _sum_over_states(h, C_t)
 
     time_major = tuple(x.swapaxes(0, 1) for x in (u, delta, B, C))
     h_last, y = jax.lax.scan(step, h0, time_major, reverse=reverse)
     return y.swapaxes(0, 1), h_last
+
+
+def _sum_over_states(h: Array, weights: Array) -> Array:
+    # A dot: `(h * weights).sum(1)` becomes a strided scalar loop on a CPU, several times slower.
+    return jnp.einsum("BND,BN->BD", h, weights, precision="highest")
+
+
+# ---- chunked: in place, with a gradient that recomputes -----------------------------------------------------------
+
+
+def _chunked(u, delta, A, B, C, h0, *, reverse: bool):
+    return _recurrence(reverse, u, delta, A, B, C, h0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recurrence(reverse, u, delta, A, B, C, h0):
+    y, h_last, _ = _run_steps(reverse, u, delta, A, B, C, h0, starts=None)
+    return y, h_last
+
+
+def _chunk_size(length: int) -> tuple[int, int]:
+    """(number of chunks, steps per chunk); the last chunk may be shorter."""
+    chunks = -(-length // _CHUNK)
+    return chunks, -(-length // chunks)
+
+
+def _recurrence_fwd(reverse, u, delta, A, B, C, h0):
+    chunks, _ = _chunk_size(u.shape[1])
+    y, h_last, starts = _run_steps(reverse, u, delta, A, B, C, h0, starts=jnp.zeros((chunks, *h0.shape), h0.dtype))
+    return (y, h_last), (u, delta, A, B, C, starts)
+
+
+def _run_steps(reverse, u, delta, A, B, C, h0, *, starts):
+    """All steps with the whole batch in one; `starts` (K, B, N, D), unless None, receives the state before each chunk.
+
+    Steps are read from and written to the arrays where they lie: a scan over time-major copies moves more memory than
+    the recurrence itself.
+    """
+    length = u.shape[1]
+    large = h0.size >= _LARGE_STEP
+
+    def step(s, carry):
+        h, y = carry
+        t = length - 1 - s if reverse else s
+        u_t, delta_t, B_t, C_t = (jax.lax.dynamic_index_in_dim(x, t, 1, keepdims=False) for x in (u, delta, B, C))
+        h = _decay(delta_t, A, large=large) * h + (delta_t * u_t)[:, None, :] * B_t[:, :, None]
+        return h, jax.lax.dynamic_update_index_in_dim(y, _sum_over_states(h, C_t), t, 1)
+
+    if starts is None:
+        h_last, y = jax.lax.fori_loop(0, length, step, (h0, jnp.zeros_like(u)))
+        return y, h_last, None
+    chunks, size = _chunk_size(length)
+
+    def chunk(k, carry):
+        h, y, starts = carry
+        starts = jax.lax.dynamic_update_index_in_dim(starts, h, k, 0)
+        return *jax.lax.fori_loop(k * size, jnp.minimum((k + 1) * size, length), step, (h, y)), starts
+
+    h_last, y, starts = jax.lax.fori_loop(0, chunks, chunk, (h0, jnp.zeros_like(u), starts))
+    return y, h_last, starts
+
+
+def _recurrence_bwd(reverse, residuals, cotangents):
+    """The gradient, with a_t = exp(delta_t A) and g_t the gradient of h_t (g_L begins with that of the last state):
+
+        g_t   = C_t dy_t + a_{t+1} g_{t+1}        e_t = a_t g_t h_{t-1}       s_t = sum_n B_t g_t
+        du_t  = delta_t s_t                       ddelta_t = u_t s_t + sum_n A e_t
+        dB_t  = sum_d delta_t u_t g_t             dC_t = sum_d dy_t h_t       dA = sum_t delta_t e_t    dh_0 = a_1 g_1
+
+    Row by row of the batch, so that one chunk's decays and states stay in a core's cache; chunk by chunk from the last
+    one taken to the first.
+    """
+    u, delta, A, B, C, starts = residuals
+    dy, dh = cotangents
+    batch, length, _ = u.shape
+    chunks, size = _chunk_size(length)
+
+    def row(i, carry):
+        dh, dA, steps, states = carry
+
+        def chunk(k, carry):
+            k = chunks - 1 - k
+            view = _Chunk(i, k * size, jnp.minimum((k + 1) * size, length), size, length, reverse)
+            h = jax.lax.dynamic_slice(starts, (k, i, 0, 0), (1, 1, *A.shape))[0, 0]
+            return _chunk_gradient(view, u, delta, A, B, C, dy, h, carry)
+
+        g = jax.lax.dynamic_index_in_dim(dh, i, 0, keepdims=False)
+        g, dA, steps, states = jax.lax.fori_loop(0, chunks, chunk, (g, dA, steps, states))
+        return jax.lax.dynamic_update_index_in_dim(dh, g, i, 0), dA, steps, states
+
+    steps = tuple(jnp.zeros_like(x) for x in (u, delta, B, C))
+    states = jnp.zeros((size, *A.shape), A.dtype)
+    dh, dA, (du, ddelta, dB, dC), _ = jax.lax.fori_loop(0, batch, row, (dh, jnp.zeros_like(A), steps, states))
+    return du, ddelta, dA, dB, dC, dh
+
+
+_recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
+
+
+class _Chunk(NamedTuple):
+    """Steps `first` to `stop` (in the order in which they are taken) of one row of the batch."""
+
+    row: Array
+    first: Array
+    stop: Array
+    size: int
+    length: int
+    reverse: bool
+
+    def time(self, s: Array) -> Array:
+        return self.length - 1 - s if self.reverse else s
+
+    def at(self, x: Array, s: Array) -> Array:
+        return jax.lax.dynamic_slice(x, (self.row, self.time(s), 0), (1, 1, x.shape[2]))[0, 0]
+
+    def put(self, x: Array, value: Array, s: Array) -> Array:
+        return jax.lax.dynamic_update_slice(x, value[None, None], (self.row, self.time(s), 0))
+
+    def window(self, x: Array) -> tuple[Array, Array]:
+        """`size` steps of x that hold this chunk (also the last one, which may be shorter), and where they begin."""
+        begin = self.length - self.first - self.size if self.reverse else self.first
+        begin = jnp.clip(begin, 0, self.length - self.size)
+        return jax.lax.dynamic_slice(x, (self.row, begin, 0), (1, self.size, x.shape[2]))[0], begin
+
+
+def _chunk_gradient(chunk: _Chunk, u, delta, A, B, C, dy, h, carry):
+    """One chunk, forth and back; `carry`: g (N, D), dA, (du, ddelta, dB, dC), a buffer of states (size, N, D)."""
+    window, begin = chunk.window(delta)
+    decays = _decay(window, A, large=window.shape[0] * A.size >= _LARGE_STEP)  # (size, N, D): the only exp of the chunk
+
+    def decay_at(s):
+        return jax.lax.dynamic_index_in_dim(decays, chunk.time(s) - begin, 0, keepdims=False)
+
+    def recompute(s, carry):
+        h, states, dC = carry
+        u_t, delta_t, B_t = (chunk.at(x, s) for x in (u, delta, B))
+        states = jax.lax.dynamic_update_index_in_dim(states, h, s - chunk.first, 0)
+        h = decay_at(s) * h + (delta_t * u_t)[None, :] * B_t[:, None]
+        return h, states, chunk.put(dC, _dot(h, chunk.at(dy, s)), s)
+
+    def step_back(n, carry):
+        g, dA, du, ddelta, dB = carry
+        s = chunk.stop - 1 - n
+        u_t, delta_t, B_t, C_t, dy_t = (chunk.at(x, s) for x in (u, delta, B, C, dy))
+        g = g + C_t[:, None] * dy_t[None, :]
+        ds = _dot(B_t, g)
+        dB = chunk.put(dB, _dot(g, delta_t * u_t), s)
+        g = decay_at(s) * g
+        before = jax.lax.dynamic_index_in_dim(states, s - chunk.first, 0, keepdims=False)
+        dA = dA + g * before * delta_t[None, :]
+        # Slices of `before` out of the buffer: a slice of the slice would make XLA write the products out first.
+        parts = [g[n] * _state_row(states, s - chunk.first, n) * A[n] for n in range(A.shape[0])]
+        return g, dA, chunk.put(du, ds * delta_t, s), chunk.put(ddelta, _tree_sum(parts) + ds * u_t, s), dB
+
+    g, dA, (du, ddelta, dB, dC), states = carry
+    _, states, dC = jax.lax.fori_loop(chunk.first, chunk.stop, recompute, (h, states, dC))
+    back = (g, dA, du, ddelta, dB)
+    g, dA, du, ddelta, dB = jax.lax.fori_loop(0, chunk.stop - chunk.first, step_back, back)
+    return g, dA, (du, ddelta, dB, dC), states
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.dot(a, b, precision="highest")
+
+
+def _state_row(states: Array, index: Array, n: int) -> Array:
+    return jax.lax.dynamic_slice(states, (index, n, 0), (1, 1, states.shape[2]))[0, 0]
+
+
+def _tree_sum(parts: list[Array]) -> Array:
+    """Pairwise: one vector loop over D on a CPU, where a reduction over N would be a strided scalar loop."""
+    while len(parts) > 1:
+        pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + parts[2 * len(pairs) :]
+    return parts[0]
+
+
+# 2**f on [-1/2, 1/2], highest power first: least relative error, 1e-7 with the rounding of float32.
+_EXP2 = (0.000153375775, 0.00133998599, 0.00961852, 0.0555032901, 0.240226462, 0.693147182, 1.0)
+
+
+def _decay(delta: Float[Array, "K D"], A: Float[Array, "N D"], *, large: bool) -> Float[Array, "K N D"]:
+    """exp(delta A). When `large`, in float32, as 2**(k + f): k goes into the exponent's bits, f into a polynomial.
+
+    That form holds values between 2**-126 and 2**127; a decay is at most 1 and its effect below 1e-37 is none.
+    """
+    if not large or A.dtype != jnp.float32:
+        return jnp.exp(delta[:, None, :] * A[None])
+    x = jnp.clip(delta[:, None, :] * (A * np.float32(np.log2(np.e)))[None], -126, 127)
+    k = jax.lax.round(x, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    f, power = x - k, jnp.float32(_EXP2[0])
+    for coefficient in _EXP2[1:]:
+        power = power * f + jnp.float32(coefficient)
+    # The low bits of 1.5 * 2**23 + k are the integer k.
+    exponent = jax.lax.bitcast_convert_type(k + jnp.float32(1.5 * 2**23), jnp.int32) << 23
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(power, jnp.int32) + exponent, jnp.float32)
+
+
+# ---- choice -------------------------------------------------------------------------------------------------------
+
+
+def _pallas(x: ScanInputs, valid: Array | None, h0: Array, *, delta_softplus: bool, reverse: bool, **target):
+    from lumamba_jax.scan_pallas import pallas_scan  # Pallas is imported only where a kernel is asked for
+
+    u, delta, A, B, C, D, z, delta_bias = x
+    if valid is not None:
+        delta = jnp.where(valid[:, :, None], delta, -1e9 if delta_softplus else 0)  # a step of size zero
+    around = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
+    return pallas_scan(u, delta, A.T, B, C, h0, **around, reverse=reverse, **target)
+
+
+@partial(jax.jit, static_argnames=("delta_softplus", "reverse"))  # every branch is traced: once per shape, not per call
+def _auto(x: ScanInputs, valid: Array | None, h0: Array, *, delta_softplus: bool, reverse: bool):
+    settings = {"delta_softplus": delta_softplus, "reverse": reverse}
+    cpu, other = (partial(_around(core), **settings) for core in (_chunked, _associative_in_chunks))
+    if h0.dtype != jnp.float32:  # the kernels keep a float32 state
+        return jax.lax.platform_dependent(x, valid, h0, cpu=cpu, default=other)
+    tpu = partial(_pallas, **settings, backend="tpu", interpret=False)
+    return jax.lax.platform_dependent(x, valid, h0, cpu=cpu, tpu=tpu, default=other)
+
+
+_RUN = {
+    "auto": _auto,
+    "associative": _around(_associative),
+    "sequential": _around(_sequential),
+    "chunked": _around(_chunked),
+    "pallas": _pallas,
+}
 
 
 def selective_scan_oracle(
