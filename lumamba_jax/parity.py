@@ -83,16 +83,20 @@ def check_case(case: ParityCase, *, x64: bool = False) -> list[StageCheck]:
     """Run the stored inputs through our code and compare every stored stage, in the order of the computation.
 
     Raises:
-        ValueError: a family that is not in `CHECKED_FAMILIES`, or weights that do not convert.
+        FileNotFoundError: a file of the case is not there.
+        ValueError: a family that is not in `CHECKED_FAMILIES`, weights that do not convert, or an incomplete case.
     """
     if case.family not in CHECKED_FAMILIES:
         raise ValueError(f"case {case.name}: family {case.family!r} is not one of {', '.join(CHECKED_FAMILIES)}")
     with jax.enable_x64(x64), jax.default_matmul_precision("highest"):
-        if case.family == "channels":
-            return list(_channel_checks(case))
-        if case.family in training_parity.CHECKED_FAMILIES:
-            return list(training_parity.checks(case, x64=x64))
-        return list(_checks(case, x64=x64))
+        try:
+            if case.family == "channels":
+                return list(_channel_checks(case))
+            if case.family in training_parity.CHECKED_FAMILIES:
+                return list(training_parity.checks(case, x64=x64))
+            return list(_checks(case, x64=x64))
+        except KeyError as error:
+            raise ValueError(f"case {case.name}: its entry in the manifest or its files lack {error}") from error
 
 
 def _checks(case: ParityCase, *, x64: bool) -> Iterator[StageCheck]:

@@ -118,6 +118,13 @@ def test_gradients_notice_a_tensor_that_differs_and_one_that_is_missing():
     assert [(c.where, c.problem) for c in failed] == [("grad/unheard_of", "our model has no such stage")]
 
 
+def test_a_case_that_lacks_something_is_one_sentence():
+    case = CASES["train5_pretrain_adamw"]
+    silent = dataclasses.replace(case, config={name: x for name, x in case.config.items() if name != "optimizer"})
+    with pytest.raises(ValueError, match="case train5_pretrain_adamw: its entry .* lack 'optimizer'"):
+        check_case(silent, x64=True)
+
+
 def test_the_worst_of_a_group_is_named_and_nan_is_worse_than_any_number():
     stored = {"a": np.zeros(2), "b": np.ones(3)}
     worst = compare_group("case", "things", {"a": np.full(2, 0.5), "b": np.full(3, 1.25)}, stored, 1.0)
