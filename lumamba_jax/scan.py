@@ -172,11 +172,11 @@ def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
     if x.dtype != jnp.float32:
         return jax.nn.softplus(x)
     e = jnp.exp(-jnp.abs(x))
-    s = e / (2 + e)
-    square, series = s * s, jnp.full_like(s, 1 / 15)
+    twice = 2 * e / (2 + e)  # twice the argument: e / (2 + e) itself would be subnormal before e is
+    square, series = twice * twice / 4, jnp.full_like(twice, 1 / 15)
     for n in range(13, 0, -2):
         series = series * square + 1 / n
-    return jnp.maximum(x, 0) + 2 * s * series
+    return jnp.maximum(x, 0) + twice * series
 
 
 @softplus.defjvp
