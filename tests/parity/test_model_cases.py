@@ -213,11 +213,13 @@ def test_final_outputs_are_compared_with_every_reference():
 
 @pytest.mark.slow
 def test_full_size_models_end_to_end(golden_dir):
-    """Measured (largest over the cases): see docs/parity.md; float32 of the positions decides against float64."""
+    """Measured: 1.1e-5 of the scale; RMSE 7.6e-7 against their float32, 1.1e-6 against float64 with exact positions.
+
+    RMSE against float64 is 4.6e-6, theirs too: the float32 rounding of the positions (docs/parity.md).
+    """
     cases = [case for case in read_manifest(golden_dir) if case.name.startswith(("lumamba_tiny", "luna_base"))]
     outputs = [o for case in cases for o in final_outputs(case) if o.output != "latent"]
     assert len(cases) == 7
     for o in outputs:
         assert o.relative_error <= 2e-5, o
-        if o.run == "ours, exact positions":
-            assert o.rmse <= 2e-6, o
+        assert o.rmse <= (2e-6 if o.run in ("ours, their float32", "ours, exact positions") else 1e-5), o

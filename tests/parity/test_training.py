@@ -121,7 +121,7 @@ def test_gradients_notice_a_tensor_that_differs_and_one_that_is_missing():
 def test_a_case_that_lacks_something_is_one_sentence():
     case = CASES["train5_pretrain_adamw"]
     silent = dataclasses.replace(case, config={name: x for name, x in case.config.items() if name != "optimizer"})
-    with pytest.raises(ValueError, match="case train5_pretrain_adamw: its entry .* lack 'optimizer'"):
+    with pytest.raises(ValueError, match="lack 'optimizer'"):
         check_case(silent, x64=True)
 
 
