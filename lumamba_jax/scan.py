@@ -91,12 +91,8 @@ def selective_scan(
     """
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
     _check(inputs, implementation)
-    state_dtype = jnp.promote_types(u.dtype, jnp.float32)
-    if h0 is None:
-        h0 = jnp.zeros((u.shape[0], *A.shape), state_dtype)
-    h0 = jnp.asarray(h0, state_dtype).transpose(0, 2, 1)
-    run = partial(_RUN[implementation], delta_softplus=delta_softplus, reverse=reverse)
-    y, h_last = run(inputs, valid, h0)
+    h0 = _no_state(inputs) if h0 is None else jnp.asarray(h0, _state_dtype(inputs)).transpose(0, 2, 1)
+    y, h_last = _RUN[implementation](inputs, valid, h0, delta_softplus=delta_softplus, reverse=reverse)
     return y, h_last.transpose(0, 2, 1)
 
 
@@ -111,12 +107,24 @@ def bidirectional_scan(
     """Both directions of a bidirectional block: `forward` from the first step to the last, `backward` the other way.
 
     Both are given, and both outputs `(y_forward, y_backward)` are returned, in the order of time. Arguments and errors
-    otherwise as in `selective_scan`. On a CPU two scans one after the other are faster than one over a doubled batch.
+    otherwise as in `selective_scan`. A kernel runs both in one launch where their shapes and dtypes agree; elsewhere
+    they are two scans one after the other, on a CPU faster than one over a doubled batch.
     """
-    run = partial(selective_scan, delta_softplus=delta_softplus, valid=valid, implementation=implementation)
-    y_forward, _ = run(**forward._asdict())
-    y_backward, _ = run(**backward._asdict(), reverse=True)
-    return y_forward, y_backward
+    for inputs in (forward, backward):
+        _check(inputs, implementation)
+    run = _both(_RUN[implementation])
+    if _alike(forward, backward):
+        run = {"pallas": _pallas_both, "auto": _auto_both}.get(implementation, run)
+    return run(forward, backward, valid, delta_softplus=delta_softplus)
+
+
+def _state_dtype(x: ScanInputs) -> jnp.dtype:
+    return jnp.promote_types(x.u.dtype, jnp.float32)
+
+
+def _no_state(x: ScanInputs) -> Array:
+    width, states = x.A.shape
+    return jnp.zeros((x.u.shape[0], states, width), _state_dtype(x))
 
 
 def _check(x: ScanInputs, implementation: str) -> None:
@@ -438,21 +446,64 @@ def _decay(delta: Float[Array, "K D"], A: Float[Array, "N D"], *, large: bool) -
 def _pallas(x: ScanInputs, valid: Array | None, h0: Array, *, delta_softplus: bool, reverse: bool, **target):
     from lumamba_jax.scan_pallas import pallas_scan  # Pallas is imported only where a kernel is asked for
 
+    operands, around = _kernel_operands(x, valid, h0, delta_softplus=delta_softplus)
+    return pallas_scan(*operands, **around, delta_softplus=delta_softplus, reverse=reverse, **target)
+
+
+def _kernel_operands(x: ScanInputs, valid: Array | None, h0: Array, *, delta_softplus: bool):
     u, delta, A, B, C, D, z, delta_bias = x
-    if valid is not None:
-        delta = jnp.where(valid[:, :, None], delta, -1e9 if delta_softplus else 0)  # a step of size zero
-    around = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
-    return pallas_scan(u, delta, A.T, B, C, h0, **around, reverse=reverse, **target)
+    if valid is not None:  # what bias and softplus turn into a step of size zero
+        bias = 0 if delta_bias is None else delta_bias[None, None, :]
+        delta = jnp.where(valid[:, :, None], delta, -1e9 if delta_softplus else -bias).astype(delta.dtype)
+    return (u, delta, A.T, B, C, h0), {"D": D, "z": z, "delta_bias": delta_bias}
 
 
-@partial(jax.jit, static_argnames=("delta_softplus", "reverse"))  # every branch is traced: once per shape, not per call
+def _both(run):
+    """The two directions one after the other."""
+
+    def both(forward: ScanInputs, backward: ScanInputs, valid: Array | None, *, delta_softplus: bool):
+        y_forward, _ = run(forward, valid, _no_state(forward), delta_softplus=delta_softplus, reverse=False)
+        y_backward, _ = run(backward, valid, _no_state(backward), delta_softplus=delta_softplus, reverse=True)
+        return y_forward, y_backward
+
+    return both
+
+
+def _alike(forward: ScanInputs, backward: ScanInputs) -> bool:
+    def signature(x):
+        return [None if v is None else (v.shape, v.dtype) for v in x]
+
+    return signature(forward) == signature(backward)
+
+
+def _pallas_both(forward: ScanInputs, backward: ScanInputs, valid: Array | None, *, delta_softplus: bool, **target):
+    from lumamba_jax.scan_pallas import pallas_scan_bidirectional
+
+    each = [_kernel_operands(x, valid, _no_state(x), delta_softplus=delta_softplus) for x in (forward, backward)]
+    operands, around = jax.tree.map(lambda *pair: jnp.stack(pair), *each)
+    y, _ = pallas_scan_bidirectional(*operands, **around, delta_softplus=delta_softplus, **target)
+    return y[0], y[1]
+
+
+# All branches of `auto` are traced, hence the two jits: once per shape and not once per call.
+@partial(jax.jit, static_argnames=("delta_softplus", "reverse"))
 def _auto(x: ScanInputs, valid: Array | None, h0: Array, *, delta_softplus: bool, reverse: bool):
     settings = {"delta_softplus": delta_softplus, "reverse": reverse}
-    cpu, other = (partial(_around(core), **settings) for core in (_chunked, _associative_in_chunks))
-    if h0.dtype != jnp.float32:  # the kernels keep a float32 state
-        return jax.lax.platform_dependent(x, valid, h0, cpu=cpu, default=other)
-    tpu = partial(_pallas, **settings, backend="tpu", interpret=False)
-    return jax.lax.platform_dependent(x, valid, h0, cpu=cpu, tpu=tpu, default=other)
+    return _by_platform((x, valid, h0), _around(_chunked), _pallas, _around(_associative_in_chunks), **settings)
+
+
+@partial(jax.jit, static_argnames="delta_softplus")
+def _auto_both(forward: ScanInputs, backward: ScanInputs, valid: Array | None, *, delta_softplus: bool):
+    cpu, other = (_both(_around(core)) for core in (_chunked, _associative_in_chunks))
+    return _by_platform((forward, backward, valid), cpu, _pallas_both, other, delta_softplus=delta_softplus)
+
+
+def _by_platform(operands, cpu, tpu, other, **settings):
+    """The run for the platform that the program is lowered for; the kernel for TPU keeps a float32 state only."""
+    branches = {"cpu": partial(cpu, **settings), "default": partial(other, **settings)}
+    if _state_dtype(operands[0]) == jnp.float32:
+        branches["tpu"] = partial(tpu, **settings, backend="tpu", interpret=False)
+    return jax.lax.platform_dependent(*operands, **branches)
 
 
 _RUN = {
