@@ -223,7 +223,7 @@ def test_bad_checkpoints_are_refused_in_one_sentence(work, pretrained, tmp_path,
     assert "embed_dim 16 (expected 32)" in message
     assert "num_blocks 1 (expected 2)" in message
     save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "weights.safetensors")
-    assert "not an exported model" in refused("eval.py", "embed", tmp_path, work / "windows.h5", "--out", "x.npz")
+    assert "holds none of the family" in refused("eval.py", "embed", tmp_path, work / "windows.h5", "--out", "x.npz")
     assert "was not fine-tuned" in refused("eval.py", "metrics", pretrained)
     options = debug_options(work / "windows.h5", pretrained)
     assert "already holds a run" in refused("train.py", "debug", *options)

@@ -1,6 +1,6 @@
 """Schedules, update rules against PyTorch, and rates, decay and freezing by path.
 
-Every value of the reference's schedules and layer-wise factors: tests/parity/test_training.py.
+Every value of the reference's schedules and layer-wise factors: tests/parity/test_training_parity.py.
 """
 
 import jax
