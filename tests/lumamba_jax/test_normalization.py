@@ -1,4 +1,4 @@
-"""Normalisers against NumPy, and that padding does not matter; against the reference: tests/parity/test_training_parity.py."""
+"""Normalisers against NumPy, and padding; against reference tensors: tests/parity/test_training_parity.py."""
 
 import jax
 import jax.numpy as jnp
