@@ -140,7 +140,7 @@ def _sum_over_states(products: list[Array]) -> Array:
 
 
 def _sum_eight(products: list[Array]) -> Array:
-    parts = [sum(jnp.split(p, p.shape[0] // SUBLANES, axis=0)) for p in products]  # (8, channels) each
+    parts = [p.reshape(-1, SUBLANES, p.shape[1]).sum(0) for p in products]  # (8, channels) each
     row = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 0)
     for stride in (1, 2):
         even = (row & stride) == 0
@@ -289,7 +289,7 @@ def _tpu_forward_kernel(plan: _Plan, *refs):
 
 def _tpu_backward_kernel(plan: _Plan, *refs):
     x, (start_ref, gy_ref, gh_ref, *refs, dh_ref, states_ref) = _Operands.take(plan, refs)
-    grads, dz_ref = _Gradients(*refs[:6]), refs[6] if plan.gated else None
+    grads, dz_ref = _Gradients(*refs[:6]), refs[-1]  # without a gate, not used
     direction, step = pl.program_id(0), pl.program_id(3)
 
     @pl.when(step == 0)
@@ -429,16 +429,15 @@ class _GpuStep:
         self.driven = self.d * self.u
         self.B = x.bc[at, pl.ds(0, states)].astype(jnp.float32)[:, None]  # (N, 1)
         self.C = x.bc[at, pl.ds(states, states)].astype(jnp.float32)[:, None]
-        self.z = x.z[at, :].astype(jnp.float32) if plan.gated else None
+        self.z: Any = x.z[at, :].astype(jnp.float32) if plan.gated else None
 
     def advance(self, A: Array, h: Array) -> Array:
         return jnp.exp(self.d[None, :] * A) * h + self.driven[None, :] * self.B
 
 
-def _gpu_steps(plan: _Plan, x: _Operands, tile) -> list[_GpuStep]:
+def _gpu_steps(plan: _Plan, x: _Operands, direction, tile) -> list[_GpuStep]:
     """The steps of a tile in order of time; all loads come first, so that they are in flight together."""
     last = plan.tiles * plan.tile - 1
-    direction = pl.program_id(2)
     steps = []
     for j in range(plan.tile):
         time = tile * plan.tile + j
@@ -450,12 +449,12 @@ def _gpu_steps(plan: _Plan, x: _Operands, tile) -> list[_GpuStep]:
 
 def _gpu_forward_kernel(plan: _Plan, *refs):
     x, (h0_ref, y_ref, h_ref, *starts) = _Operands.take(plan, refs)
-    A, skip = x.A[...], x.skip[0, :]
+    A, skip, direction = x.A[...], x.skip[0, :], pl.program_id(2)
 
     def tile(k, h):
         for start_ref in starts:
             start_ref[k] = h
-        for step in _gpu_steps(plan, x, k):
+        for step in _gpu_steps(plan, x, direction, k):
             h = step.advance(A, h)
             y = jnp.sum(h * step.C, axis=0) + skip * step.u
             if plan.gated:
@@ -468,13 +467,13 @@ def _gpu_forward_kernel(plan: _Plan, *refs):
 
 def _gpu_backward_kernel(plan: _Plan, *refs):
     x, (starts_ref, gy_ref, gh_ref, *refs, dh_ref) = _Operands.take(plan, refs)
-    grads, dz_ref = _Gradients(*refs[:6]), refs[6] if plan.gated else None
-    A, skip, states = x.A[...], x.skip[0, :], x.A.shape[0]
+    grads, dz_ref = _Gradients(*refs[:6]), refs[-1]  # without a gate, not used
+    A, skip, states, direction = x.A[...], x.skip[0, :], x.A.shape[0], pl.program_id(2)
 
     def tile(i, carry):
         g, dA, dskip, dbias = carry
         k = plan.tiles - 1 - i
-        steps, h = _gpu_steps(plan, x, k), [starts_ref[k]]
+        steps, h = _gpu_steps(plan, x, direction, k), [starts_ref[k]]
         for step in steps:
             h.append(step.advance(A, h[-1]))
         for step, before, after in reversed(list(zip(steps, h[:-1], h[1:], strict=True))):
@@ -643,25 +642,27 @@ def pallas_scan(
 
 
 def pallas_scan_bidirectional(
-    u: Float[Array, "2 B L D"],
-    delta: Float[Array, "2 B L D"],
-    A: Float[Array, "2 N D"],
-    B: Float[Array, "2 B L N"],
-    C: Float[Array, "2 B L N"],
-    h0: Float[Array, "2 B N D"],
+    u: Float[Array, "G B L D"],
+    delta: Float[Array, "G B L D"],
+    A: Float[Array, "G N D"],
+    B: Float[Array, "G B L N"],
+    C: Float[Array, "G B L N"],
+    h0: Float[Array, "G B N D"],
     *,
-    D: Float[Array, "2 D"] | None = None,
-    z: Float[Array, "2 B L D"] | None = None,
-    delta_bias: Float[Array, "2 D"] | None = None,
+    D: Float[Array, "G D"] | None = None,
+    z: Float[Array, "G B L D"] | None = None,
+    delta_bias: Float[Array, "G D"] | None = None,
     delta_softplus: bool = False,
     backend: Backend = "auto",
     interpret: bool | None = None,
-) -> tuple[Float[Array, "2 B L D"], Float[Array, "2 B N D"]]:
+) -> tuple[Float[Array, "G B L D"], Float[Array, "G B N D"]]:
     """`pallas_scan` of both directions of a bidirectional block in one launch.
 
-    Index 0 of every leading axis runs from the first step to the last, index 1 from the last to the first; both are in
-    the order of time. Arguments, results and errors otherwise as in `pallas_scan`.
+    The leading axis G is 2: index 0 runs from the first step to the last, index 1 from the last to the first; both are
+    in the order of time. Arguments, results and errors otherwise as in `pallas_scan`.
     """
+    if u.shape[0] != 2:
+        raise ValueError(f"pallas_scan_bidirectional: u has {u.shape[0]} directions on its first axis, not 2")
     operands = (u, delta, A, B, C, h0, D, z, delta_bias)
     return _run(*operands, softplus=delta_softplus, backwards=(False, True), backend=backend, interpret=interpret)
 
@@ -682,7 +683,7 @@ def _run(u, delta, A, B, C, h0, skip, z, bias, *, softplus, backwards, backend, 
         return _pad(_pad(x.astype(jnp.float32), x.ndim - 1, channels), x.ndim - 2, states)
 
     def vector(x):
-        x = jnp.zeros((u.shape[0], width)) if x is None else x.astype(jnp.float32)
+        x = jnp.zeros((u.shape[0], width), jnp.float32) if x is None else x.astype(jnp.float32)
         return _pad(x, 1, channels)[:, None]
 
     bc = jnp.concatenate([_pad(B, 3, states), _pad(C, 3, states)], axis=3)
@@ -690,16 +691,24 @@ def _run(u, delta, A, B, C, h0, skip, z, bias, *, softplus, backwards, backend, 
     if plan.backend == "tpu":  # time on lanes: a row of 2N values would occupy a row of 128 in memory
         bc = bc.swapaxes(2, 3)
     x = _Operands(over_time(u), over_time(delta), over_time(z), bc, matrix(A), vector(skip), vector(bias))
-    y, h_last = _scan(plan, x, matrix(h0))
+    results: Any = _scan(plan, x, matrix(h0))
+    y, h_last = results
     return y[:, :, :length, :width], h_last[:, :, : A.shape[1], :width]
 
 
 def _check(u, delta, A, B, C, h0, skip, z, bias) -> None:
     G, batch, length, width = u.shape
     per_step, per_state, vector = (G, batch, length, width), (G, batch, length, A.shape[1]), (G, width)
-    expected = {"delta": (delta, per_step), "A": (A, (G, A.shape[1], width)), "B": (B, per_state), "C": (C, per_state)}
-    expected |= {"h0": (h0, (G, batch, A.shape[1], width)), "z": (z, per_step), "D": (skip, vector)}
-    expected |= {"delta_bias": (bias, vector)}
+    expected: dict[str, tuple] = {
+        "delta": (delta, per_step),
+        "A": (A, (G, A.shape[1], width)),
+        "B": (B, per_state),
+        "C": (C, per_state),
+        "h0": (h0, (G, batch, A.shape[1], width)),
+        "D": (skip, vector),
+        "z": (z, per_step),
+        "delta_bias": (bias, vector),
+    }
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"pallas_scan: {name} has shape {array.shape[-len(shape) + 1 :]}, u asks for {shape[1:]}")
