@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from lumamba_jax.layers import Dtypes, linear, uniform_fan_in
-from lumamba_jax.scan import ScanImplementation, selective_scan
+from lumamba_jax.scan import ScanImplementation, ScanInputs, bidirectional_scan, selective_scan
 
 Bidirectional = Literal["add", "ew_multiply", "none"]
 Stages = dict[str, Array]
@@ -108,35 +108,44 @@ class MambaBlock(nnx.Module):
     ) -> tuple[Float[Array, "B S M"], MambaCarry]:
         """The same over one part of a longer sequence: takes the carry of the part before (after it, with `reverse`)
         and returns that for the next; None begins the sequence. Parts are at least d_conv - 1 long."""
-        config = self.config
-        x, z = jnp.split(self.in_proj(u), 2, axis=-1)  # (B, S, D) each
-        if valid is not None:
-            x = jnp.where(valid[:, :, None], x, 0)  # the convolution must see zeros beyond the sequence's end
-        halo = config.d_conv - 1
-        before = jnp.zeros((x.shape[0], halo, x.shape[2]), x.dtype) if carry is None else carry.inputs
-        inputs = x[:, :halo] if reverse else x[:, x.shape[1] - halo :]
-        x = jax.nn.silu(_depthwise_conv(x, before, self.conv_kernel[...], self.conv_bias[...], reverse=reverse))
-        projected = self.x_proj(x)
-        dt, B, C = jnp.split(projected, [config.dt_rank, config.dt_rank + config.d_state], axis=-1)
-        delta = self.dt_proj(dt)  # (B, S, D), before bias and softplus
+        inputs, halo = self.prepare(u, carry, valid=valid, reverse=reverse, stages=stages)
         y, last_state = selective_scan(
-            x,
-            delta,
-            -jnp.exp(self.A_log[...].astype(jnp.promote_types(self.A_log[...].dtype, jnp.float32))),
-            B,
-            C,
-            self.D[...],
-            z,
-            delta_bias=self.dt_bias[...],
+            **inputs._asdict(),
             delta_softplus=True,
             valid=valid,
             h0=None if carry is None else carry.state,
             reverse=reverse,
-            implementation=config.scan_implementation,
+            implementation=self.config.scan_implementation,
         )
         if stages is not None:
-            stages.update(conv_act=x, x_dbl=projected, dt_raw=delta, scan_out=y, last_state=last_state)
-        return self.out_proj(y), MambaCarry(inputs, last_state)
+            stages.update(scan_out=y, last_state=last_state)
+        return self.out_proj(y), MambaCarry(halo, last_state)
+
+    def prepare(
+        self,
+        u: Float[Array, "B S M"],
+        carry: MambaCarry | None = None,
+        *,
+        valid: Bool[Array, "B S"] | None = None,
+        reverse: bool = False,
+        stages: Stages | None = None,
+    ) -> tuple[ScanInputs, Float[Array, "B H D"]]:
+        """Everything before the scan (its softplus included in it), and the convolution's inputs for the next part."""
+        config = self.config
+        x, z = jnp.split(self.in_proj(u), 2, axis=-1)  # (B, S, D) each
+        if valid is not None:
+            x = jnp.where(valid[:, :, None], x, 0)  # the convolution must see zeros beyond the sequence's end
+        size = config.d_conv - 1
+        before = jnp.zeros((x.shape[0], size, x.shape[2]), x.dtype) if carry is None else carry.inputs
+        halo = x[:, :size] if reverse else x[:, x.shape[1] - size :]
+        x = jax.nn.silu(_depthwise_conv(x, before, self.conv_kernel[...], self.conv_bias[...], reverse=reverse))
+        projected = self.x_proj(x)
+        dt, B, C = jnp.split(projected, [config.dt_rank, config.dt_rank + config.d_state], axis=-1)
+        delta = self.dt_proj(dt)  # (B, S, D), before bias and softplus
+        A = -jnp.exp(self.A_log[...].astype(jnp.promote_types(self.A_log[...].dtype, jnp.float32)))
+        if stages is not None:
+            stages.update(conv_act=x, x_dbl=projected, dt_raw=delta)
+        return ScanInputs(x, delta, A, B, C, self.D[...], z, self.dt_bias[...]), halo
 
 
 def _depthwise_conv(
@@ -180,9 +189,14 @@ class BiMamba(nnx.Module):
         prefix: str = "",
     ) -> Float[Array, "B S M"]:
         """Stages `<prefix>mamba_fwd`, `<prefix>mamba_rev_raw` (in reversed time) and `<prefix>mamba_out`."""
-        out = forward = self.fwd(u, valid=valid)
-        if self.rev is not None:
-            backward = self.rev(u, valid=valid, reverse=True)
+        if self.rev is None:
+            out = forward = self.fwd(u, valid=valid)
+        else:
+            ahead, _ = self.fwd.prepare(u, valid=valid)
+            behind, _ = self.rev.prepare(u, valid=valid, reverse=True)
+            implementation = self.fwd.config.scan_implementation
+            scanned = bidirectional_scan(ahead, behind, delta_softplus=True, valid=valid, implementation=implementation)
+            forward, backward = self.fwd.out_proj(scanned[0]), self.rev.out_proj(scanned[1])
             out = self.join(forward, backward)
             if stages is not None:
                 stages[f"{prefix}mamba_rev_raw"] = jnp.flip(backward, axis=1)

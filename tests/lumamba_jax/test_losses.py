@@ -1,4 +1,4 @@
-"""Losses by hand, against PyTorch, and under padding; against reference tensors: tests/parity/test_training_parity.py."""
+"""Losses by hand, against PyTorch, and under padding; against the reference: tests/parity/test_training_parity.py."""
 
 import jax
 import jax.numpy as jnp
