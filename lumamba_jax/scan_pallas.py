@@ -49,6 +49,7 @@ class _Plan:
     backwards: tuple[bool, ...]  # per direction: the recurrence runs from the last step to the first
     softplus: bool
     gated: bool
+    carried: bool  # a state comes in from outside; otherwise the recurrence begins at zero
     length: int  # steps that count; an operand may be longer
     tile: int  # steps between two stored states
     rows: int  # steps per register tile (TPU)
@@ -270,12 +271,13 @@ def _tile_at(plan: _Plan, step, *, from_the_end):
 
 
 def _tpu_forward_kernel(plan: _Plan, *refs):
-    x, (h0_ref, y_ref, h_ref, *starts) = _Operands.take(plan, refs)
+    x, refs = _Operands.take(plan, refs)
+    h0, (y_ref, h_ref, *starts) = refs[: plan.carried], refs[plan.carried :]
     direction, step = pl.program_id(0), pl.program_id(3)
 
     @pl.when(step == 0)
     def _():
-        h_ref[...] = h0_ref[...]
+        h_ref[...] = h0[0][...] if plan.carried else jnp.zeros_like(h_ref)
 
     for start_ref in starts:
         start_ref[...] = h_ref[...]
@@ -336,82 +338,6 @@ class _TpuSpecs:
         return [self.steps] * (2 + plan.gated) + [self.bc, self.matrix, self.vector, self.vector]
 
 
-def _shape(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _cost(operands: list, results: list, *, work: int) -> pl.CostEstimate:
-    """Every operand and result once; `work` passes of about 5 operations and one exponential over (B, L, D, N)."""
-    G, batch, length, width = operands[0].shape
-    elements = work * G * batch * length * width * operands[-1].shape[-2]
-    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in operands + results)
-    return pl.CostEstimate(flops=5 * elements, transcendentals=elements, bytes_accessed=moved)
-
-
-def _tpu_call(
-    kernel, plan: _Plan, operands: list, results: list, in_specs, out_specs, *, scratch, name: str, work: int
-):
-    G, batch, _, width = operands[0].shape
-    return pl.pallas_call(
-        partial(kernel, plan),
-        grid=(G, width // plan.channels, batch, plan.tiles),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        out_shape=results,
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(operands, results, work=work),
-        interpret=plan.interpret,
-        name=name,
-    )(*operands)
-
-
-def _tpu_forward(plan: _Plan, x: _Operands, h0, *, save: bool):
-    G, batch, N, width = h0.shape
-    specs = _TpuSpecs(plan, N, against_time=False)
-    results = [_shape(*x.u.shape, dtype=x.u.dtype), _shape(*h0.shape), _shape(G, batch, plan.tiles, N, width)]
-    out_specs = [specs.steps, specs.state, specs.starts]
-    kept = 3 if save else 2
-    in_specs = [*specs.operands(plan), specs.state]
-    return _tpu_call(
-        _tpu_forward_kernel,
-        plan,
-        [*x.present(), h0],
-        results[:kept],
-        in_specs,
-        out_specs[:kept],
-        scratch=[],
-        name="selective_scan",
-        work=1,
-    )
-
-
-def _gradient_shapes(plan: _Plan, x: _Operands, h0) -> list[jax.ShapeDtypeStruct]:
-    G, batch, N, width = h0.shape
-    vector = _shape(G, batch, 1, width)
-    shapes = [_shape(*ref.shape, dtype=ref.dtype) for ref in (x.u, x.delta)]
-    shapes += [_shape(G, width // plan.channels, *x.bc.shape[1:]), _shape(G, batch, N, width), vector, vector]
-    gate = [_shape(*x.z.shape, dtype=x.z.dtype)] if plan.gated else []
-    return [*shapes, *gate, _shape(*h0.shape)]
-
-
-def _tpu_backward(plan: _Plan, x: _Operands, starts, gy, gh):
-    N = gh.shape[2]
-    specs = _TpuSpecs(plan, N, against_time=True)
-    small = [specs.partial_bc, specs.state, specs.partial_vector, specs.partial_vector]
-    return _tpu_call(
-        _tpu_backward_kernel,
-        plan,
-        [*x.present(), starts, gy, gh],
-        _gradient_shapes(plan, x, gh),
-        [*specs.operands(plan), specs.starts, specs.steps, specs.state],
-        [specs.steps, specs.steps, *small, *([specs.steps] if plan.gated else []), specs.state],
-        scratch=[pltpu.VMEM((plan.tile + 1, N, plan.channels), jnp.float32)],
-        name="selective_scan_backward",
-        work=3,
-    )
-
-
 # ---- GPU: one program per (channel tile, batch row, direction), the state in registers ------------------------------
 
 
@@ -448,7 +374,8 @@ def _gpu_steps(plan: _Plan, x: _Operands, direction, tile) -> list[_GpuStep]:
 
 
 def _gpu_forward_kernel(plan: _Plan, *refs):
-    x, (h0_ref, y_ref, h_ref, *starts) = _Operands.take(plan, refs)
+    x, refs = _Operands.take(plan, refs)
+    h0, (y_ref, h_ref, *starts) = refs[: plan.carried], refs[plan.carried :]
     A, skip, direction = x.A[...], x.skip[0, :], pl.program_id(2)
 
     def tile(k, h):
@@ -462,12 +389,12 @@ def _gpu_forward_kernel(plan: _Plan, *refs):
             y_ref[step.at, :] = y.astype(y_ref.dtype)
         return h
 
-    h_ref[...] = jax.lax.fori_loop(0, plan.tiles, tile, h0_ref[...])
+    h_ref[...] = jax.lax.fori_loop(0, plan.tiles, tile, h0[0][...] if plan.carried else jnp.zeros_like(A))
 
 
 def _gpu_backward_kernel(plan: _Plan, *refs):
-    x, (starts_ref, gy_ref, gh_ref, *refs, dh_ref) = _Operands.take(plan, refs)
-    grads, dz_ref = _Gradients(*refs[:6]), refs[-1]  # without a gate, not used
+    x, (starts_ref, gy_ref, gh_ref, *refs) = _Operands.take(plan, refs)
+    grads, dz_ref, dh_ref = _Gradients(*refs[:6]), refs[6 if plan.gated else 0], refs[-1]  # the last two if there
     A, skip, states, direction = x.A[...], x.skip[0, :], x.A.shape[0], pl.program_id(2)
 
     def tile(i, carry):
@@ -499,7 +426,9 @@ def _gpu_backward_kernel(plan: _Plan, *refs):
 
     zeros = jnp.zeros_like(skip)
     start = (gh_ref[...], jnp.zeros_like(A), zeros, zeros)
-    dh_ref[...], grads.A[...], grads.skip[0, :], grads.bias[0, :] = jax.lax.fori_loop(0, plan.tiles, tile, start)
+    g, grads.A[...], grads.skip[0, :], grads.bias[0, :] = jax.lax.fori_loop(0, plan.tiles, tile, start)
+    if plan.carried:
+        dh_ref[...] = g
 
 
 class _GpuSpecs:
@@ -520,47 +449,75 @@ class _GpuSpecs:
         return [self.steps] * (2 + plan.gated) + [self.bc, self.matrix, self.vector, self.vector]
 
 
-def _gpu_call(kernel, plan: _Plan, operands: list, results: list, in_specs, out_specs, *, name: str, work: int):
-    G, batch, _, width = operands[0].shape
+# ---- the calls ----------------------------------------------------------------------------------------------------
+
+
+def _shape(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _launch(plan: _Plan, kernel, x: _Operands, others, results, in_specs, out_specs, *, scratch=(), name, passes):
+    """Call a kernel; the cost that XLA is told is every operand and result once and `passes` over (B, L, D, N)."""
+    G, batch, _, width = x.u.shape
+    operands = [*x.present(), *others]
+    elements = passes * math.prod(x.u.shape) * x.A.shape[1]
+    moved = sum(math.prod(array.shape) * array.dtype.itemsize for array in [*operands, *results])
+    if plan.backend == "tpu":
+        grid = (G, width // plan.channels, batch, plan.tiles)
+        params = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"))
+    else:
+        grid = (width // plan.channels, batch, G)
+        params = plgpu.CompilerParams(num_warps=4, num_stages=1)
     return pl.pallas_call(
         partial(kernel, plan),
-        grid=(width // plan.channels, batch, G),
+        grid=grid,
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=results,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        cost_estimate=_cost(operands, results, work=work),
+        scratch_shapes=scratch,
+        compiler_params=params,
+        cost_estimate=pl.CostEstimate(flops=5 * elements, transcendentals=elements, bytes_accessed=moved),
         interpret=plan.interpret,
         name=name,
     )(*operands)
 
 
-def _gpu_forward(plan: _Plan, x: _Operands, h0, *, save: bool):
-    G, batch, N, width = h0.shape
-    specs = _GpuSpecs(plan, x)
-    results = [_shape(*x.u.shape, dtype=x.u.dtype), _shape(*h0.shape), _shape(G, batch, plan.tiles, N, width)]
+def _forward(plan: _Plan, x: _Operands, h0, *, save: bool):
+    """`(y, h_last)`, and with `save` the state before each tile."""
+    (G, batch, _, width), N = x.u.shape, x.A.shape[1]
+    tpu = plan.backend == "tpu"
+    specs = _TpuSpecs(plan, N, against_time=False) if tpu else _GpuSpecs(plan, x)
+    results = [_shape(*x.u.shape, dtype=x.u.dtype), _shape(G, batch, N, width), _shape(G, batch, plan.tiles, N, width)]
     out_specs = [specs.steps, specs.state, specs.starts]
-    kept = 3 if save else 2
-    in_specs = [*specs.operands(plan), specs.state]
-    operands = [*x.present(), h0]
-    return _gpu_call(
-        _gpu_forward_kernel, plan, operands, results[:kept], in_specs, out_specs[:kept], name="selective_scan", work=1
+    kept, carried = 3 if save else 2, [h0] if plan.carried else []
+    in_specs = [*specs.operands(plan), *[specs.state] * len(carried)]
+    kernel = _tpu_forward_kernel if tpu else _gpu_forward_kernel
+    return _launch(
+        plan, kernel, x, carried, results[:kept], in_specs, out_specs[:kept], name="selective_scan", passes=1
     )
 
 
-def _gpu_backward(plan: _Plan, x: _Operands, starts, gy, gh):
-    specs = _GpuSpecs(plan, x)
-    small = [specs.partial_bc, specs.state, specs.partial_vector, specs.partial_vector]
-    return _gpu_call(
-        _gpu_backward_kernel,
-        plan,
-        [*x.present(), starts, gy, gh],
-        _gradient_shapes(plan, x, gh),
-        [*specs.operands(plan), specs.starts, specs.steps, specs.state],
-        [specs.steps, specs.steps, *small, *([specs.steps] if plan.gated else []), specs.state],
-        name="selective_scan_backward",
-        work=3,
-    )
+def _backward(plan: _Plan, x: _Operands, starts, gy, gh):
+    """The arrays of `_Gradients`, dz with a gate, dh0 with a carried state."""
+    (G, batch, _, width), N = x.u.shape, x.A.shape[1]
+    tpu = plan.backend == "tpu"
+    specs = _TpuSpecs(plan, N, against_time=True) if tpu else _GpuSpecs(plan, x)
+    state, vector = _shape(G, batch, N, width), _shape(G, batch, 1, width)
+    du, ddelta, *dz = (_shape(*a.shape, dtype=a.dtype) for a in (x.u, x.delta, x.z) if a is not None)
+    results = [du, ddelta, _shape(G, width // plan.channels, *x.bc.shape[1:]), state, vector, vector, *dz]
+    out_specs = [specs.steps, specs.steps, specs.partial_bc, specs.state, specs.partial_vector, specs.partial_vector]
+    out_specs += [specs.steps] * len(dz)
+    scratch = []
+    if plan.carried:
+        results, out_specs = [*results, state], [*out_specs, specs.state]
+    elif tpu:  # the gradient of the state is carried along all the same
+        scratch.append(pltpu.VMEM((N, plan.channels), jnp.float32))
+    if tpu:
+        scratch.append(pltpu.VMEM((plan.tile + 1, N, plan.channels), jnp.float32))
+    in_specs = [*specs.operands(plan), specs.starts, specs.steps, specs.state]
+    kernel, name = _tpu_backward_kernel if tpu else _gpu_backward_kernel, "selective_scan_backward"
+    others = [starts, gy, gh]
+    return _launch(plan, kernel, x, others, results, in_specs, out_specs, scratch=scratch, name=name, passes=3)
 
 
 # ---- differentiation ----------------------------------------------------------------------------------------------
@@ -568,24 +525,22 @@ def _gpu_backward(plan: _Plan, x: _Operands, starts, gy, gh):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(plan: _Plan, x: _Operands, h0):
-    forward = _tpu_forward if plan.backend == "tpu" else _gpu_forward
-    y, h_last = forward(plan, x, h0, save=False)
+    y, h_last = _forward(plan, x, h0, save=False)
     return y, h_last
 
 
 def _scan_fwd(plan: _Plan, x: _Operands, h0):
-    forward = _tpu_forward if plan.backend == "tpu" else _gpu_forward
-    y, h_last, starts = forward(plan, x, h0, save=True)
+    y, h_last, starts = _forward(plan, x, h0, save=True)
     return (y, h_last), (x, starts)
 
 
 def _scan_bwd(plan: _Plan, residuals, cotangents):
     x, starts = residuals
-    backward = _tpu_backward if plan.backend == "tpu" else _gpu_backward
-    *grads, dh0 = backward(plan, x, starts, *cotangents)
-    grads, dz = _Gradients(*grads[:6]), grads[6] if plan.gated else None
+    results = _backward(plan, x, starts, *cotangents)
+    grads, dz = _Gradients(*results[:6]), results[6] if plan.gated else None
     dbc = grads.bc.sum(1).astype(x.bc.dtype)
-    return _Operands(grads.u, grads.delta, dz, dbc, *(w.sum(1) for w in (grads.A, grads.skip, grads.bias))), dh0
+    dA, dskip, dbias = (g.sum(1) for g in (grads.A, grads.skip, grads.bias))
+    return _Operands(grads.u, grads.delta, dz, dbc, dA, dskip, dbias), results[-1] if plan.carried else None
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
@@ -600,7 +555,7 @@ def pallas_scan(
     A: Float[Array, "N D"],
     B: Float[Array, "B L N"],
     C: Float[Array, "B L N"],
-    h0: Float[Array, "B N D"],
+    h0: Float[Array, "B N D"] | None = None,
     *,
     D: Float[Array, " D"] | None = None,
     z: Float[Array, "B L D"] | None = None,
@@ -620,7 +575,7 @@ def pallas_scan(
         A: state matrix, negative for a stable recurrence.
         B: input projection per step.
         C: output projection per step.
-        h0: state before the first step (before the last one with `reverse`).
+        h0: state before the first step (before the last one with `reverse`); None is zeros, which are then not read.
         D: skip weight; None leaves the skip out.
         z: gate; None leaves the gate out.
         delta_bias: added to `delta` before the softplus.
@@ -647,7 +602,7 @@ def pallas_scan_bidirectional(
     A: Float[Array, "G N D"],
     B: Float[Array, "G B L N"],
     C: Float[Array, "G B L N"],
-    h0: Float[Array, "G B N D"],
+    h0: Float[Array, "G B N D"] | None = None,
     *,
     D: Float[Array, "G D"] | None = None,
     z: Float[Array, "G B L D"] | None = None,
@@ -670,7 +625,7 @@ def pallas_scan_bidirectional(
 def _run(u, delta, A, B, C, h0, skip, z, bias, *, softplus, backwards, backend, interpret):
     """All operands with the leading axis of directions: bring them to the kernel's sizes and back."""
     _check(u, delta, A, B, C, h0, skip, z, bias)
-    plan = _plan(u, delta, A, z, softplus=softplus, backwards=backwards, backend=backend, interpret=interpret)
+    plan = _plan(u, delta, A, h0, z, softplus=softplus, backwards=backwards, backend=backend, interpret=interpret)
     _, _, length, width = u.shape
     channels, states = _round_up(width, plan.channels), _padded_states(plan.backend, A.shape[1])
     # The TPU kernel takes ragged blocks of L; only what is shorter than its smallest block is padded.
@@ -691,7 +646,7 @@ def _run(u, delta, A, B, C, h0, skip, z, bias, *, softplus, backwards, backend, 
     if plan.backend == "tpu":  # time on lanes: a row of 2N values would occupy a row of 128 in memory
         bc = bc.swapaxes(2, 3)
     x = _Operands(over_time(u), over_time(delta), over_time(z), bc, matrix(A), vector(skip), vector(bias))
-    results: Any = _scan(plan, x, matrix(h0))
+    results: Any = _scan(plan, x, None if h0 is None else matrix(h0))
     y, h_last = results
     return y[:, :, :length, :width], h_last[:, :, : A.shape[1], :width]
 
@@ -718,7 +673,7 @@ def _check(u, delta, A, B, C, h0, skip, z, bias) -> None:
         raise ValueError("pallas_scan: the kernel computes in float32; use another implementation for float64")
 
 
-def _plan(u, delta, A, z, *, softplus, backwards, backend, interpret) -> _Plan:
+def _plan(u, delta, A, h0, z, *, softplus, backwards, backend, interpret) -> _Plan:
     if backend not in ("auto", "tpu", "gpu"):
         raise ValueError(f"pallas_scan: backend {backend!r} is unknown: choose auto, tpu or gpu")
     platform = jax.default_backend()
@@ -733,6 +688,7 @@ def _plan(u, delta, A, z, *, softplus, backwards, backend, interpret) -> _Plan:
         backwards=backwards,
         softplus=softplus,
         gated=z is not None,
+        carried=h0 is not None,
         length=length,
         tile=min(LANES, _round_up(length, rows)) if backend == "tpu" else GPU_STEPS,
         rows=rows,

@@ -16,7 +16,7 @@ from lumamba_jax.scan_pallas import pallas_scan, pallas_scan_bidirectional
 
 BACKENDS = ("tpu", "gpu")
 STEPWISE = ("u", "delta", "B", "C", "z")
-OPTIONAL = ("D", "z", "delta_bias")
+OPTIONAL = ("h0", "D", "z", "delta_bias")
 
 
 @pytest.fixture
@@ -41,10 +41,11 @@ def _as64(x):
     return {k: np.asarray(v, np.float64) for k, v in x.items()}
 
 
-def _reference(u, delta, A, B, C, h0, D=None, z=None, delta_bias=None, *, softplus=True, reverse=False):
+def _reference(u, delta, A, B, C, h0=None, D=None, z=None, delta_bias=None, *, softplus=True, reverse=False):
     """The scan in the dtype of its arguments, by `jax.lax.scan`: differentiable, so that float64 gradients exist."""
     d = delta if delta_bias is None else delta + delta_bias[None, None]
     d = jnp.logaddexp(d, 0) if softplus else d
+    h0 = jnp.zeros((u.shape[0], *A.shape), d.dtype) if h0 is None else h0
 
     def step(h, inputs):
         u_t, d_t, B_t, C_t = inputs
@@ -82,8 +83,7 @@ def test_equals_the_oracle_with_registers_of_true_size():
     x["delta"] = jnp.exp(x["delta"])
     y, h_last = pallas_scan(**x, backend="tpu")
     wide = _as64(x)
-    order = (wide["u"], wide["delta"], wide["A"].T, wide["B"], wide["C"])
-    expected, expected_state = selective_scan_oracle(*order, h0=wide["h0"].swapaxes(1, 2))
+    expected, expected_state = selective_scan_oracle(wide["u"], wide["delta"], wide["A"].T, wide["B"], wide["C"])
     _close(y, expected, 2e-6)
     _close(h_last, expected_state.swapaxes(1, 2), 2e-6)
 
@@ -114,7 +114,7 @@ def test_gradients_of_every_input_equal_float64_in_both_directions(x64, small_ti
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_step_without_gate_skip_bias_and_softplus(x64, small_tiles, backend):
+def test_one_step_from_nothing_without_gate_skip_bias_and_softplus(x64, small_tiles, backend):
     x = {k: v for k, v in _inputs(1).items() if k not in OPTIONAL}
 
     def loss(scan, x):
