@@ -10,9 +10,9 @@ states, then backward), in bytes per token:
   and a block is charged when its index changes, in whole (8, 128) tiles. This is exact for the program as it is
   written, whatever the compiler does around it.
 - module: HBM traffic of the compiled module: operands and results of every instruction of its entry computation that
-  lie in HBM, in their tiled layout (a kernel's once), copies into VMEM that the compiler starts early once. It contains
-  the joining and transposing of B and C and the sums after the backward kernel; what the compiler keeps in VMEM between
-  two kernels costs nothing here, which is why it may lie under the floor.
+  lie in HBM, in their tiled layout (a kernel's once), and what the compiler copies ahead into a memory on the chip
+  (VMEM; CMEM on v4) once. It contains the joining and transposing of B and C and the sums after the backward kernel;
+  what stays on the chip between two kernels costs nothing here, which is why it may lie under the other figures.
 - XLA: `bytes accessed` of its cost analysis. It trusts the estimate that the kernel states for itself and charges
   copies into VMEM and their use separately, so it is an upper bound where the compiler prefetches.
 
@@ -121,19 +121,16 @@ def _tiled_bytes(minor_first: list[int], tile: tuple[int, ...], item: int) -> in
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?([^}]*)\})?")
 
 
-def _hbm_bytes(text: str) -> tuple[int, bool]:
-    """Bytes of all arrays of a type that lie in HBM, and whether any array lies in VMEM (memory space 1)."""
-    total, on_chip = 0, False
+def _hbm_bytes(text: str) -> int:
+    """Bytes of all arrays of a type that lie in HBM, the memory space without a number."""
+    total = 0
     for kind, dims, order, tile, rest in SHAPE.findall(text):
-        if kind not in ITEM_BYTES:
-            continue
-        if "S(" in rest:
-            on_chip = on_chip or "S(1)" in rest
+        if kind not in ITEM_BYTES or "S(" in rest:
             continue
         sizes = [int(n) for n in dims.split(",") if n]
         minor_first = [sizes[int(i)] for i in order.split(",") if i] or sizes
         total += _tiled_bytes(minor_first, tuple(int(n) for n in tile.split(",")) if tile else (), ITEM_BYTES[kind])
-    return total, on_chip
+    return total
 
 
 def module_bytes(hlo: str) -> int:
@@ -144,11 +141,11 @@ def module_bytes(hlo: str) -> int:
         types[name] = result
         if operation in FREE or 'custom_call_target="ConcatBitcast"' in operands:
             continue
-        if operation.endswith("-done"):  # a copy between HBM and VMEM: one side of it is in HBM
-            total += _hbm_bytes(re.sub(r"S\(1\)", "", result))[0]
+        if operation.endswith("-done"):  # a copy between HBM and a memory on the chip: one side of it is in HBM
+            total += _hbm_bytes(re.sub(r"S\(\d+\)", "", result))
             continue
         read = re.findall(r"%([\w.-]+)", operands.split("), ")[0])
-        total += _hbm_bytes(result)[0] + sum(_hbm_bytes(types[n])[0] for n in read if n in types)
+        total += _hbm_bytes(result) + sum(_hbm_bytes(types[n]) for n in read if n in types)
     return total
 
 
