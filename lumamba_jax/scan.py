@@ -281,7 +281,7 @@ def _run_steps(reverse, u, delta, A, B, C, h0, *, starts):
     the recurrence itself.
     """
     length = u.shape[1]
-    large = h0.size >= _LARGE_STEP
+    large = not isinstance(h0.size, int) or h0.size >= _LARGE_STEP  # a symbolic batch (jax.export) may be any
 
     def step(s, carry):
         h, y = carry
