@@ -499,9 +499,13 @@ def _auto_both(forward: ScanInputs, backward: ScanInputs, valid: Array | None, *
 
 
 def _by_platform(operands, cpu, tpu, other, **settings):
-    """The run for the platform that the program is lowered for; the kernel for TPU keeps a float32 state only."""
+    """The run for the platform that the program is lowered for.
+
+    The kernel for TPU keeps a float32 state only, and its grid needs a batch that is a number (a symbol in `jax.export`
+    is none).
+    """
     branches = {"cpu": partial(cpu, **settings), "default": partial(other, **settings)}
-    if _state_dtype(operands[0]) == jnp.float32:
+    if _state_dtype(operands[0]) == jnp.float32 and isinstance(operands[0].u.shape[0], int):
         branches["tpu"] = partial(tpu, **settings, backend="tpu", interpret=False)
     return jax.lax.platform_dependent(*operands, **branches)
 
