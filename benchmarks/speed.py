@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 PEERS = ROOT / ".cache" / "benchmark-peers"
-PEER_PACKAGES = ("torch", "mambapy", "numpy", "safetensors")
+PEER_PACKAGES = ("torch==2.13.0", "mambapy", "numpy", "safetensors")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lumamba_jax.architectures import ModelConfig, abstract_model, build
 from lumamba_jax.checkpoint import abstract_params, named_leaves
+from lumamba_jax.compilation import compiler_options
 from lumamba_jax.masking import STREAMS, stream_key
 from lumamba_jax.sharding import batch_sharding, replicated, state_shardings, to_global
 from lumamba_jax.tasks import Task
@@ -150,6 +151,7 @@ def make_train_step(
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
 
 
@@ -168,7 +170,12 @@ def make_eval_step(
         return outputs | {key: batch[key] for key in ("window_id", "window_mask", "label") if key in batch}
 
     params_shardings = state_shardings(abstract_params(config), mesh)
-    return jax.jit(eval_step, in_shardings=(params_shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+    return jax.jit(
+        eval_step,
+        in_shardings=(params_shardings, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
 
 
 class Evaluation(NamedTuple):
