@@ -1,4 +1,4 @@
-"""A night as one window: `python -m benchmarks.night [--hours 8]` prints time, multiple of real time and peak memory."""
+"""A night as one window: `python -m benchmarks.night [--hours 8]` prints time, times of real time and peak memory."""
 
 import argparse
 import resource
