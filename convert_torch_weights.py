@@ -28,7 +28,7 @@ from lumamba_jax.parity import CHECKED_FAMILIES, ParityCase, StageCheck, check_c
 from lumamba_jax.parity_cases import compare, compare_group
 from lumamba_jax.torch_architecture import Overrides
 from lumamba_jax.torch_export import export
-from lumamba_jax.torch_files import weight_files
+from lumamba_jax.torch_files import files_at
 from lumamba_jax.torch_weights import ConvertedWeights, load_torch_weights, replace_head
 from lumamba_jax.weight_sources import resolve
 
@@ -99,7 +99,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.sha256 and len(sources) > 1:
         raise ValueError("--sha256 is the checksum of one file: give one")
     found = [resolve(source, sha256=args.sha256) for source in sources]
-    paths = [path for one in found for path in (weight_files(one.path) if one.path.is_dir() else [one.path])]
+    paths = [path for one in found for path in files_at(one.path)]
     converted = load_torch_weights(paths, overrides=_overrides(args), compute_dtype=args.dtype)
     if args.new_head:
         converted = replace_head(

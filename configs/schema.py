@@ -22,7 +22,7 @@ from lumamba_jax.femba import FembaConfig
 from lumamba_jax.lumamba import LuMambaConfig
 from lumamba_jax.optimizer import OptimizerConfig
 from lumamba_jax.sharding import MeshConfig
-from lumamba_jax.tasks import TaskConfig
+from lumamba_jax.tasks import TaskConfig, check_objective
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,9 @@ class ExperimentConfig:
             raise ValueError(f"task {self.task.kind!r} needs model.head {wanted}, not {self.model.head!r}")
         if self.task.kind == "pretrain" and self.task.objective != "lejepa" and self.model.head != "reconstruction":
             raise ValueError(f"objective {self.task.objective!r} reconstructs: it needs model.head reconstruction")
-        if isinstance(self.model, FembaConfig):
-            if not supervised and self.task.objective != "reconstruction":
-                raise ValueError("FEMBA's fixed grid has no shorter views: it needs task.objective reconstruction")
-            if self.loader.channel_dropout:
-                raise ValueError("FEMBA's fixed grid cannot hide channels: set loader.channel_dropout to 0")
+        check_objective(self.task, self.model)
+        if isinstance(self.model, FembaConfig) and self.loader.channel_dropout:
+            raise ValueError("FEMBA's fixed grid cannot hide channels: set loader.channel_dropout to 0")
         if self.data.permute_labels and not supervised:
             raise ValueError("data.permute_labels is a control of supervised training: pre-training has no labels")
 

@@ -11,7 +11,7 @@ from lumamba_jax.checkpoint import is_export, load_pretrained, named_leaves
 from lumamba_jax.femba import FembaConfig
 from lumamba_jax.flops import forward_flops
 from lumamba_jax.torch_architecture import NO_OVERRIDES, Overrides
-from lumamba_jax.torch_files import weight_files
+from lumamba_jax.torch_files import files_at
 from lumamba_jax.torch_keys import unread
 from lumamba_jax.torch_weights import load_torch_weights
 from lumamba_jax.weight_sources import resolve
@@ -72,8 +72,7 @@ def summarize(
         dtypes = Counter(str(leaf.dtype) for leaf in named_leaves(params).values())
         provenance: Mapping[str, Any] = metadata["provenance"]
     else:
-        paths = weight_files(found.path) if found.path.is_dir() else [found.path]
-        converted = load_torch_weights(paths, overrides=overrides)
+        converted = load_torch_weights(files_at(found.path), overrides=overrides)
         config, dtypes = converted.config, Counter(converted.dtypes)
         provenance = {**found.provenance, **converted.report()}
     return "\n".join(

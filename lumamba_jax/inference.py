@@ -27,7 +27,7 @@ from lumamba_jax.streaming import DEFAULT_PART, encode_recording
 from lumamba_jax.tasks import Normalization, forward, normalize
 from lumamba_jax.tokens import position_encoding
 from lumamba_jax.torch_architecture import NO_OVERRIDES, Overrides
-from lumamba_jax.torch_files import weight_files
+from lumamba_jax.torch_files import files_at
 from lumamba_jax.torch_weights import load_torch_weights
 from lumamba_jax.weight_sources import resolve
 
@@ -105,8 +105,7 @@ def load(
         config, params, metadata = load_pretrained(found.path)
         graphdef = abstract_model(config)[0]
     else:
-        paths = weight_files(found.path) if found.path.is_dir() else [found.path]
-        converted = load_torch_weights(paths, overrides=overrides or NO_OVERRIDES)
+        converted = load_torch_weights(files_at(found.path), overrides=overrides or NO_OVERRIDES)
         config, graphdef, params = converted.config, converted.graphdef, converted.params
         metadata = describe(config, {**found.provenance, **converted.report()})
     if compute_dtype is not None and compute_dtype != config.compute_dtype:

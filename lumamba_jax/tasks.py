@@ -99,11 +99,16 @@ class Task(Protocol):
         ...
 
 
+def check_objective(config: TaskConfig, model: ModelConfig) -> None:
+    """Raise ValueError when the architecture cannot be pre-trained with the objective."""
+    if config.kind == "pretrain" and isinstance(model, FembaConfig) and config.objective != "reconstruction":
+        raise ValueError("FEMBA's fixed grid has no shorter views: it needs task.objective reconstruction")
+
+
 def make_task(config: TaskConfig, model: ModelConfig, class_weights: np.ndarray | None = None) -> Task:
     """The task of `config`. `class_weights (K,)` are applied to the training loss of a classification."""
+    check_objective(config, model)
     if config.kind == "pretrain":
-        if isinstance(model, FembaConfig) and config.objective != "reconstruction":
-            raise ValueError("FEMBA's fixed grid has no shorter views: it needs task.objective reconstruction")
         return Pretrain(config, model)
     return Classify(config, class_weights) if config.kind == "classify" else Regress(config)
 

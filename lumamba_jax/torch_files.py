@@ -107,6 +107,11 @@ def weight_files(folder: str | Path) -> list[Path]:
     return found
 
 
+def files_at(path: Path) -> list[Path]:
+    """What `read_tensors` takes for a path that may be a file or a folder; errors as `weight_files`."""
+    return weight_files(path) if path.is_dir() else [path]
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal.
 
