@@ -1,7 +1,6 @@
 """Counting, describing and loading whatever somebody brings: parameters, FLOPs, the page of `--inspect`, `load`."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,10 +10,9 @@ import lumamba_jax
 from convert_torch_weights import main
 from lumamba_jax import inference
 from lumamba_jax.architecture_summary import count_parameters, summarize
-from lumamba_jax.architectures import SIZES, abstract_model, build
+from lumamba_jax.architectures import SIZES, build
 from lumamba_jax.checkpoint import save_pretrained
 from lumamba_jax.femba import FembaConfig
-from lumamba_jax.flops import forward_flops
 from lumamba_jax.lumamba import LuMambaConfig
 from lumamba_jax.luna import LunaConfig
 from lumamba_jax.torch_architecture import Overrides
@@ -69,38 +67,6 @@ def test_table_of_counts(capsys):
     assert totals["LuMamba tiny", "mamba"] == "4,631,611"
     assert totals["LUNA huge", "attention"] == "311,812,667"
     assert totals["FEMBA large", "reconstruction"] == "77,166,345"
-
-
-@pytest.mark.parametrize(
-    ("config", "within"),
-    [
-        (LuMambaConfig(num_blocks=1), (0.75, 1.02)),  # XLA also counts norms, activations, softmax
-        (LunaConfig(num_blocks=1), (0.75, 1.02)),
-        (FembaConfig(num_blocks=1), (0.95, 1.10)),  # XLA leaves out the padding of the decoder's convolution
-    ],
-    ids=["LuMamba", "LUNA", "FEMBA"],
-)
-def test_flops_agree_with_the_compiler(config, within):
-    graphdef, params = abstract_model(config)
-
-    def run(params, signal, locations, channel_ids):
-        return nnx.merge(graphdef, params)(signal, locations, channel_ids=channel_ids).reconstruction
-
-    shapes = [jax.ShapeDtypeStruct((1, 22, *tail), dtype) for tail, dtype in (((1280,), "float32"), ((3,), "float32"))]
-    lowered = jax.jit(run).lower(params, *shapes, jax.ShapeDtypeStruct((1, 22), jnp.int32))
-    counted = lowered.compile().cost_analysis()["flops"]
-    assert within[0] < sum(forward_flops(config, 22, 1280).values()) / counted < within[1]
-
-
-def test_flops_grow_as_the_architectures_promise():
-    def temporal(config, patches):
-        return forward_flops(config, 22, 40 * patches)["temporal encoder"]
-
-    lumamba, luna = SIZES["LuMamba tiny"], SIZES["LUNA base"]
-    assert temporal(lumamba, 4000) == 10 * temporal(lumamba, 400)  # linear
-    assert temporal(luna, 4000) > 15 * temporal(luna, 400)  # quadratic in the long run
-    with pytest.raises(ValueError, match="fixed grid"):
-        forward_flops(SIZES["FEMBA tiny"], 20, 1280)
 
 
 def test_load_gives_the_same_model_from_a_file_a_folder_and_a_checkpoint(weights, tmp_path):
