@@ -32,6 +32,7 @@ from data_pipeline.store import WindowStore
 from lumamba_jax import metrics
 from lumamba_jax.architectures import ModelConfig
 from lumamba_jax.checkpoint import load_pretrained
+from lumamba_jax.compilation import enable_compilation_cache, use_cpu_cores
 from lumamba_jax.inference import LoadedModel, embed, load
 from lumamba_jax.run_log import write_json
 from lumamba_jax.sharding import MeshConfig, make_mesh
@@ -185,7 +186,8 @@ def _embeddings(model: LoadedModel, store: WindowStore, batch_size: int) -> dict
 
 def main() -> int:
     """Exit status 0, or 2 for bad input (one sentence)."""
-    configs.enable_compilation_cache()
+    enable_compilation_cache()
+    use_cpu_cores()
     options = tyro.extras.subcommand_cli_from_dict(
         {"metrics": Metrics, "embed": Embed}, prog="eval.py", description=__doc__
     )

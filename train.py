@@ -27,6 +27,7 @@ from lumamba_jax.checkpoint import (
     require_same_encoder,
     save_pretrained,
 )
+from lumamba_jax.compilation import enable_compilation_cache
 from lumamba_jax.optimizer import make_optimizer, make_schedule
 from lumamba_jax.run_log import RunLog, StopRequest, write_json
 from lumamba_jax.sharding import make_mesh, to_global
@@ -245,7 +246,7 @@ def run(config: ExperimentConfig) -> None:
 
 def main() -> int:
     """Exit status 0, 2 for bad input (one sentence), 1 for a diverged run."""
-    configs.enable_compilation_cache()
+    enable_compilation_cache()
     try:
         run(configs.cli(sys.argv[1:], "train.py"))
     except (ValueError, OSError, FloatingPointError) as error:

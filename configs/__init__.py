@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import tyro
 
 from configs.schema import DataConfig, ExperimentConfig, TrainerConfig, from_mapping, read_yaml, to_mapping, write_yaml
@@ -15,7 +14,6 @@ __all__ = [
     "ExperimentConfig",
     "TrainerConfig",
     "cli",
-    "enable_compilation_cache",
     "from_mapping",
     "load",
     "preset_names",
@@ -61,12 +59,6 @@ def cli(arguments: Sequence[str], program: str) -> ExperimentConfig:
         args=[_spelled_for_tyro(argument) for argument in arguments[1:]],
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled programs in `.cache/xla` of this checkout: a second run of the same sizes starts at once."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).resolve().parent.parent / ".cache" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _spelled_for_tyro(argument: str) -> str:

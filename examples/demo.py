@@ -33,6 +33,7 @@ from configs.results import baseline_predictions, kind_of  # noqa: E402
 from data_pipeline.loader import LoaderConfig  # noqa: E402
 from lumamba_jax import inference, masking, metrics, report  # noqa: E402
 from lumamba_jax.checkpoint import BEST_DIRECTORY, abstract_params, read_metadata, save_pretrained  # noqa: E402
+from lumamba_jax.compilation import enable_compilation_cache  # noqa: E402
 from lumamba_jax.optimizer import make_optimizer  # noqa: E402
 from lumamba_jax.run_log import read_metrics  # noqa: E402
 from lumamba_jax.sharding import make_mesh  # noqa: E402
@@ -94,7 +95,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="folder with recordings and labels.csv (file, label, ...)")
     parser.add_argument("--quick", action="store_true", help="a few steps of a micro model: shows that it runs")
     options = parser.parse_args()
-    configs.enable_compilation_cache()
+    enable_compilation_cache()
     try:
         if options.data and not (options.data / "labels.csv").is_file():
             raise ValueError(

@@ -63,20 +63,20 @@ class ChannelUnifier(nnx.Module):
         """`channel_mask` False marks padded channels, which get attention zero."""
         batch, patches, channels, _ = tokens.shape
         queries = self.queries_norm(self.queries[...].astype(self.dtypes.compute))
-        queries = jnp.broadcast_to(queries[None, None], (batch, patches, *queries.shape))
-        keys, values = self.keys_norm(tokens), self.values_norm(tokens)
         key_mask = None
         if channel_mask is not None:
             key_mask = jnp.broadcast_to(channel_mask[:, None, :], (batch, patches, channels))
-        attended, scores = self.attention(queries, keys, values, key_mask=key_mask, rngs=rngs)
+        attended, scores = self.attention.pool(
+            queries, tokens, key_norm=self.keys_norm, value_norm=self.values_norm, key_mask=key_mask, rngs=rngs
+        )
         ffn = self.ffn(attended, rngs=rngs)
         x = attended + ffn  # no residual from the queries
         if stages is not None:
             stages.update(
                 {
-                    "cross_attn.queries_norm": queries,
-                    "cross_attn.keys_norm": keys,
-                    "cross_attn.values_norm": values,
+                    "cross_attn.queries_norm": jnp.broadcast_to(queries[None, None], attended.shape),
+                    "cross_attn.keys_norm": self.keys_norm(tokens),
+                    "cross_attn.values_norm": self.values_norm(tokens),
                     "cross_attn.mha_out": attended,
                     "cross_attn.ffn": ffn,
                     "attention_scores": scores,

@@ -24,6 +24,8 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from lumamba_jax.compilation import enable_compilation_cache
+
 FORMAT_VERSION = 1
 PROGRAM, WEIGHTS, METADATA = "program.stablehlo", "weights.safetensors", "metadata.json"
 
@@ -125,6 +127,7 @@ def load_evaluation(path: str | Path) -> SavedEvaluation:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    enable_compilation_cache()
     try:
         with zipfile.ZipFile(path) as archive:
             parts = {name: archive.read(name) for name in (PROGRAM, WEIGHTS, METADATA)}

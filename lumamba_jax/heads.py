@@ -165,8 +165,7 @@ class AttentionClassifier(nnx.Module):
     ) -> Float[Array, "B K"]:
         """Padded patches get attention zero."""
         query = self.query[...].astype(self.dtypes.compute)
-        query = jnp.broadcast_to(query[None, None], (latent.shape[0], 1, query.shape[0]))
-        attended, scores = self.attention(query, latent, key_mask=patch_mask, rngs=rngs)
+        attended, scores = self.attention.pool(query[None], latent, key_mask=patch_mask, rngs=rngs)
         if stages is not None:
             stages.update({"classifier.attn_out": attended, "classifier.attn_weights": scores})
         return self.mlp(attended, rngs=rngs)[:, 0]

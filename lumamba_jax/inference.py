@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from lumamba_jax.architectures import Model, ModelConfig, abstract_model
 from lumamba_jax.checkpoint import describe, is_export, load_pretrained
-from lumamba_jax.compilation import compiler_options, in_blocks
+from lumamba_jax.compilation import compiler_options, enable_compilation_cache, on_local_devices, over_windows
 from lumamba_jax.femba import FembaConfig
 from lumamba_jax.heads import ComputeDtype
 from lumamba_jax.losses import view_embeddings
@@ -31,7 +31,7 @@ from lumamba_jax.torch_files import files_at
 from lumamba_jax.torch_weights import load_torch_weights
 from lumamba_jax.weight_sources import resolve
 
-Program = Callable[[nnx.GraphDef, Normalization, nnx.State, dict[str, Array]], Array]
+Program = Callable[[nnx.GraphDef, Normalization, nnx.State, Mapping[str, Array]], Array]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ class LoadedModel:
         """How its input is normalised; as the architecture was published unless the training said otherwise."""
         return self.task.get("normalization", self.config.normalization)
 
+    @functools.cached_property
+    def replicated_params(self) -> nnx.State:
+        """`params` on every local device."""
+        return on_local_devices(self.params)
+
     def module(self) -> Model:
         """The module itself, for intermediates, attention scores and reconstructions."""
         return nnx.merge(self.graphdef, self.params)
@@ -80,7 +85,7 @@ def load(
     compute_dtype: ComputeDtype | None = None,
     position_dtype: Literal["float32", "float64"] = "float32",
 ) -> LoadedModel:
-    """Load a model of the family from wherever its weights are.
+    """Load a model of the family from wherever its weights are; what it compiles is kept on disk from then on.
 
     Args:
         source: an exported model (`save_pretrained`, `convert_torch_weights.py`), a training run (its best model), a
@@ -98,6 +103,7 @@ def load(
     """
     if position_dtype not in ("float32", "float64"):
         raise ValueError(f"position_dtype must be 'float32' or 'float64', not {position_dtype!r}")
+    enable_compilation_cache()
     found = resolve(source, sha256=sha256)
     if is_export(found.path):
         if overrides is not None:
@@ -233,7 +239,7 @@ def _in_batches(model: LoadedModel, signal_uv: Any, locations: Any, batch_size: 
     for start in range(0, len(signal), batch_size):
         rows = slice(start, start + batch_size)
         batch = _padded(model, signal[rows], locations[rows])
-        outputs.append(np.asarray(_compiled(program)(*static, model.params, batch))[: len(signal[rows])])
+        outputs.append(np.asarray(_compiled(program)(*static, model.replicated_params, batch))[: len(signal[rows])])
     joined = np.concatenate(outputs)
     return joined[0] if single else joined
 
@@ -314,11 +320,11 @@ def _classify(
 
 @functools.cache
 def _compiled(run: Program) -> Program:
-    """`run` over the batch in blocks, compiled; made at the first use, when the platform is known."""
+    """`run` over the batch on all local devices, compiled; made at the first use, when the platform is known."""
 
     def whole(
         graphdef: nnx.GraphDef, normalization: Normalization, params: nnx.State, batch: dict[str, Array]
     ) -> Array:
-        return in_blocks(functools.partial(run, graphdef, normalization, params), batch)
+        return over_windows(functools.partial(run, graphdef, normalization), params, batch)
 
     return jax.jit(whole, static_argnums=(0, 1), compiler_options=compiler_options())

@@ -86,11 +86,16 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... F"]) -> Float[Array, "... F"]:
         """Normalise each vector of the last axis."""
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        normed = centred / jnp.sqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + NORM_EPSILON)
+        normed = self.normalize(x)
         scale, bias = (p[...].reshape((1,) * (x.ndim - 1) + (-1,)) for p in (self.scale, self.bias))
         return (normed * scale + bias).astype(self.dtype)
+
+    @staticmethod
+    def normalize(x: Float[Array, "... F"]) -> Float[Array, "... F"]:
+        """Before scale and bias: mean 0 and variance 1, float32 or better."""
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        return centred / jnp.sqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + NORM_EPSILON)
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -24,7 +24,7 @@ MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
     "sharding": set(),
     "mamba": {"scan", "layers"},
     "streaming": {"compilation", "lumamba", "mamba", "normalization", "tokens"},
-    "evaluation_export": {"inference"},
+    "evaluation_export": {"compilation", "inference"},
     "attention": {"layers"},
     "tokens": {"layers"},
     "channel_unifier": {"attention", "layers"},
