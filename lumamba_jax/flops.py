@@ -121,8 +121,13 @@ def program_flops(config: ModelConfig, num_channels: int, num_samples: int, *, f
     """What XLA's cost analysis (`compiled.cost_analysis()["flops"]`) says of the program of one window on a CPU.
 
     Matrix products and elementwise work, with the differences between a formulation and a program: convolutions within
-    a patch are banded matrices whose zeros count, the zero padding of FEMBA's decoder does not count, a step of the
-    scan is 6 D N operations and an exp, and XLA counts the body of a loop once, so that each scan counts one step.
+    a patch are banded matrices whose zeros count, as do those of the projection of pooled values; the zero padding of
+    FEMBA's decoder does not count; a step of the scan is 6 D N operations and an exp; and XLA counts the body of a loop
+    once, so that each scan counts one step. What XLA computes twice in two fusions (up to 3 %) is not modelled.
+
+    Args:
+        config, num_channels, num_samples: as in `forward_flops`.
+        folded: whether the program folds constant queries (`folded_flops`), as inference does.
     """
     count = folded_flops if folded else forward_flops
     flops = sum(count(config, num_channels, num_samples).values())
@@ -131,7 +136,11 @@ def program_flops(config: ModelConfig, num_channels: int, num_samples: int, *, f
         flops += scans * block.d_inner * block.d_state * (6 - 9 * steps)
     if isinstance(config, FembaConfig):
         return flops - (_padding_of_decoder(config) if config.head == "reconstruction" else 0)
-    return flops + num_channels * config.num_patches(num_samples) * _zeros_of_bands(config)
+    patches = config.num_patches(num_samples)
+    if folded:
+        flops += patches * _zeros_of_heads(config.num_queries, config.embed_dim, config.num_heads)
+        flops += _zeros_of_heads(1, config.width, config.num_heads) if config.head == "attention" else 0
+    return flops + num_channels * patches * _zeros_of_bands(config)
 
 
 def mamba_flops(config: MambaConfig, length: int) -> int:
@@ -213,6 +222,11 @@ def _folding_saves(queries: int, keys: int, width: int, heads: int) -> int:
     """Of `_attention`: per head scores and sums over all features, then values and output projected per query."""
     folded = 4 * heads * queries * keys * width + 2 * queries * width * width + 2 * queries * width * width
     return _attention(queries, keys, width) - folded
+
+
+def _zeros_of_heads(queries: int, width: int, heads: int) -> int:
+    """Products with zeros where pooled values of all heads are projected at once (`MultiHeadAttention.pool`)."""
+    return 2 * queries * (heads - 1) * width * width
 
 
 def _scans(config: ModelConfig, num_samples: int) -> list[tuple[MambaConfig, int, int]]:
