@@ -29,6 +29,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cold import first_result, night
 from benchmarks.peers import install_peers
@@ -65,8 +66,12 @@ def machine(note: str) -> dict:
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     except OSError:
         pass
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"processor": model, "cores": os.cpu_count(), "load before": load, "note": note}
+    return {"processor": model, "cores": os.cpu_count(), "load before": load_average(), "note": note}
+
+
+def load_average() -> float | None:
+    """Of the last minute, the benchmark included: on a machine of n cores, more than about n means company."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def special(name: str, results: Mapping[str, dict], workers: Mapping[str, Worker], args: argparse.Namespace) -> dict:
@@ -88,7 +93,7 @@ def special(name: str, results: Mapping[str, dict], workers: Mapping[str, Worker
         return {"name": name, "kind": "process", "problem": str(problem)}
 
 
-def roofline(results: Mapping[str, dict], work: dict) -> dict:
+def roofline(results: Mapping[str, dict], work: dict[str, Any]) -> dict:
     """Predicted time of one window from the rates of the same run, over the measured one.
 
     Args:
@@ -102,9 +107,10 @@ def roofline(results: Mapping[str, dict], work: dict) -> dict:
     if not measured or any("per_second" not in rates.get(f"jax: {name}", {}) for name in needed):
         return {"name": "roofline", "kind": "count", "problem": f"needs the cases rates and {ROOFLINE_CASE}"}
     per_second = {name: rates[f"jax: {name}"]["per_second"] for name in needed}
-    charged_as = {"softmax": "exp", "spectrum": "gelu"}
+    charged_as: dict[str, str] = {"softmax": "exp", "spectrum": "gelu"}
     parts = {"gemm": 1e6 * work["flops"] / per_second["gemm"]}
-    for function, count in work["transcendentals"].items():
+    counts: dict[str, float] = work["transcendentals"]
+    for function, count in counts.items():
         name = charged_as.get(function, function)
         parts[name] = parts.get(name, 0.0) + 1e6 * count / per_second[name]
     per_window = 1e3 * min(measured) / batch["size"][0]
@@ -128,7 +134,8 @@ def with_rates(case: dict) -> dict:
 
 def case_lines(case: dict) -> list[str]:
     """Markdown of one case."""
-    lines = ["", f"**{case['name']}**", ""]
+    load = f" (load {case['load']:.1f})" if case.get("load") is not None else ""
+    lines = ["", f"**{case['name']}**{load}", ""]
     if "problem" in case:
         return [*lines, case["problem"]]
     if "values" in case:
@@ -146,7 +153,7 @@ def case_lines(case: dict) -> list[str]:
             lines.append(f"| {name} | {facts.get('problem', 'not timed')} | | | |")
             continue
         low, high = facts["quartiles_ms"]
-        ratio = f"{facts['median_ms'] / min(ours):.2f}" if ours else ""
+        ratio = f"{facts['median_ms'] / min(ours):.2f}" if ours and case["kind"] != "rate" else ""
         spread = f"{low:,.1f} to {high:,.1f}"
         lines.append(f"| {name} | {facts['median_ms']:,.1f} | {spread} | {ratio} | {_notes(facts)} |")
     return lines
@@ -245,8 +252,8 @@ def run(cases: list, extra: list[str], workers: Mapping[str, Worker], args: argp
             result = with_rates(measure(case, workers, rounds=args.rounds))
         else:
             result = special(name, {done["name"]: done for done in report["cases"]}, workers, args)
-        report["cases"].append(result)
-        print("\n".join(case_lines(result)), flush=True)
+        report["cases"].append({**result, "load": load_average()})
+        print("\n".join(case_lines(report["cases"][-1])), flush=True)
         if partial is not None:
             partial.write_text(json.dumps(report, indent=2) + "\n")
     if args.out is not None and partial is not None:

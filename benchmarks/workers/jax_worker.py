@@ -121,7 +121,7 @@ def train(request: dict) -> Prepared:
 
 def scan(request: dict) -> Prepared:
     """The scan with softplus, skip and gate, forward."""
-    inputs, implementation = scan_inputs(*request["size"], request["dtype"]), request["variant"]
+    inputs, implementation = scan_inputs(*request["size"], dtype=request["dtype"]), request["variant"]
 
     def run(arrays: dict) -> jax.Array:
         return selective_scan(**arrays, delta_softplus=True, implementation=implementation)[0]
@@ -132,7 +132,7 @@ def scan(request: dict) -> Prepared:
 
 def scan_gradient(request: dict) -> Prepared:
     """Value and gradients of every input."""
-    inputs, implementation = scan_inputs(*request["size"], request["dtype"]), request["variant"]
+    inputs, implementation = scan_inputs(*request["size"], dtype=request["dtype"]), request["variant"]
 
     def loss(arrays: dict) -> jax.Array:
         y = selective_scan(**arrays, delta_softplus=True, implementation=implementation)[0]
@@ -142,7 +142,7 @@ def scan_gradient(request: dict) -> Prepared:
     return lambda: compiled(inputs), _facts(compiled)
 
 
-def scan_inputs(batch: int, length: int, dtype: str = "float32") -> dict[str, jax.Array]:
+def scan_inputs(batch: int, length: int, *, dtype: str = "float32") -> dict[str, jax.Array]:
     """Sizes of LuMamba tiny: D = 768, N = 16; A and D stay float32."""
     rng = np.random.default_rng(0)
 

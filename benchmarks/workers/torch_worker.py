@@ -13,6 +13,7 @@ OpenMP waits as PyTorch leaves it: `OMP_WAIT_POLICY=passive` would make PyTorch 
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -20,8 +21,8 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F  # noqa: N812  (PyTorch's own convention)
 from torch import Tensor, nn
-from torch_lumamba import LuMamba
-from torch_luna import LUNA
+from torch_lumamba import LuMamba  # pyright: ignore[reportMissingImports]  (tests/parity is on the path)
+from torch_luna import LUNA  # pyright: ignore[reportMissingImports]
 
 from benchmarks.workers.protocol import Prepared, serve
 from benchmarks.workers.sizes import CHANNELS, PATCH, SAMPLES, STATES, WIDTH
@@ -55,13 +56,13 @@ def lean_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tens
 
 def parallel_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """mamba.py's Blelloch scan."""
-    from mambapy.pscan import pscan
+    from mambapy.pscan import pscan  # pyright: ignore[reportMissingImports]
 
     h = pscan(torch.exp(delta[..., None] * a), (delta * u)[..., None] * b[:, :, None, :])
     return (h @ c[..., None]).squeeze(-1)
 
 
-SCANS = {"plain": plain_scan, "lean": lean_scan, "pscan": parallel_scan}
+SCANS: dict[str, Callable[..., Tensor]] = {"plain": plain_scan, "lean": lean_scan, "pscan": parallel_scan}
 
 
 def chunk_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def fused_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Ten
     return selective_scan_fn(u, delta, a, b, c).transpose(1, 2)
 
 
-SCANS = {
+SCANS: dict[str, Callable[..., Tensor]] = {
     "plain": plain_scan,
     "lean": lean_scan,
     "compiled": lean_scan,
@@ -131,7 +132,8 @@ def make_model(name: str, variant: str, *, classes: int) -> nn.Module:
     blocks = [module for module in model.modules() if isinstance(module, export_torch_stages.Mamba)]
     if variant != "plain":
         for block in blocks:
-            block.__class__, block.scan = PeerMamba, variant
+            block.__class__ = PeerMamba
+            vars(block)["scan"] = variant
     if variant in ("chunk", "mamba_ssm") and not blocks:
         raise ValueError(f"{name} has no scan")
     return model.to(DEVICE)
@@ -166,7 +168,7 @@ def windows(count: int, samples: int = SAMPLES) -> dict[str, Tensor]:
     return {name: x.to(DEVICE) for name, x in tensors.items()}
 
 
-def call_model(model: nn.Module, inputs: dict[str, Tensor], dtype: str) -> Tensor:
+def call_model(model: Any, inputs: dict[str, Tensor], dtype: str) -> Tensor:
     """No mask, no channel names: the classifier needs neither."""
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         out = model(inputs["signal"], channel_locations=inputs["channel_locations"])
@@ -204,7 +206,7 @@ def train(request: dict) -> Prepared:
 
 def scan(request: dict) -> Prepared:
     """The scan with softplus, skip and gate, forward."""
-    inputs, variant = scan_inputs(*request["size"], request["dtype"]), request["variant"]
+    inputs, variant = scan_inputs(*request["size"], dtype=request["dtype"]), request["variant"]
 
     def call() -> Tensor:
         with torch.inference_mode():
@@ -216,7 +218,7 @@ def scan(request: dict) -> Prepared:
 def scan_gradient(request: dict) -> Prepared:
     """Value and gradients of every input."""
     variant = request["variant"]
-    inputs = {name: x.requires_grad_() for name, x in scan_inputs(*request["size"], request["dtype"]).items()}
+    inputs = {name: x.requires_grad_() for name, x in scan_inputs(*request["size"], dtype=request["dtype"]).items()}
 
     def call() -> None:
         for x in inputs.values():
@@ -231,7 +233,7 @@ def _scan(x: dict[str, Tensor], variant: str) -> Tensor:
     return (y + x["d"] * x["u"]) * F.silu(x["z"])
 
 
-def scan_inputs(batch: int, length: int, dtype: str = "float32") -> dict[str, Tensor]:
+def scan_inputs(batch: int, length: int, *, dtype: str = "float32") -> dict[str, Tensor]:
     """Sizes of LuMamba tiny; a and d stay float32, as mamba_ssm asks."""
     generator = torch.Generator().manual_seed(0)
 

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import peers, speed
 from benchmarks.cold import read_night
+from benchmarks.plot_speed import comparisons, draw
 from benchmarks.speed_cases import Case, Target, copy_share, cpu_cases, cpu_targets, gpu_cases, gpu_targets, times
 from benchmarks.turns import ROOT, Worker, WorkerError, measure
 from benchmarks.workers import jax_worker
@@ -112,10 +113,13 @@ def test_targets_read_what_the_cases_measure():
     ):
         facts = {"median_ms": 8.0, "quartiles_ms": [7.0, 9.0], "temporary_mb": 5.0, "peak_growth_mb": 6.0}
         facts["per_second"] = 1e9
-        results = {case.name: {"name": case.name, "variants": dict.fromkeys(case.variants, facts)} for case in cases}
+        results = {
+            case.name: {"name": case.name, "kind": case.kind, "variants": dict.fromkeys(case.variants, facts)}
+            for case in cases
+        }
         values = {"share": 80.0, "furthest": 2.0, "peak GB": 1.0, "times real time": 2000.0}
         results |= {name: {"name": name, "values": values} for name in special}
-        results["first result"] = {"name": "first result", "variants": {"load, warm cache": facts}}
+        results["first result"] = {"name": "first result", "kind": "process", "variants": {"load, warm cache": facts}}
         missing = [target.what for target in targets if target.read(results) is None]
         assert not missing
         lines = speed.target_lines(targets, results, only_measured=False)
@@ -142,6 +146,19 @@ def test_roofline_and_bandwidth_by_hand():
         "rates": {"variants": {"jax: copy": {"per_second": 1e9}}},
     }
     assert copy_share("s", (1, 10), 4)(scans) == pytest.approx(100 * 10 * 12416 / 1e-3 / 1e9)
+
+
+def test_the_picture_compares_what_was_timed(tmp_path):
+    results = {
+        "cases": [
+            {"name": "a", "variants": {"jax: ours": {"median_ms": 2.0}, "torch: plain": {"median_ms": 6.0}}},
+            {"name": "failed", "variants": {"jax: ours": {"median_ms": 2.0}, "torch: plain": {"problem": "no"}}},
+            {"name": "FLOPs", "values": {"furthest": 1.0}},
+        ]
+    }
+    assert comparisons(results) == [("a", {"jax: ours": 1.0, "torch: plain": 3.0})]
+    draw(results, tmp_path / "speed.svg")
+    assert (tmp_path / "speed.svg").read_text().count("<svg")
 
 
 def test_the_line_of_the_night_is_read():
