@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from lumamba_jax.layers import Dtypes, LayerNorm
+from lumamba_jax.long_windows import LONG, block_in_parts, pad_to_parts, part_size
 from lumamba_jax.mamba import Bidirectional, BiMamba, MambaConfig
 from lumamba_jax.montage_model import MontageConfig, MontageModel, make_head
 
@@ -96,7 +97,14 @@ class LuMamba(MontageModel):
         rngs: nnx.Rngs | None,  # noqa: ARG002  (one calling convention for every temporal encoder; no dropout here)
         stages: Stages | None,
     ) -> Float[Array, "B S M"]:
-        """Blocks over time."""
+        """Blocks over time; a long window goes part by part, unless its stages are asked for."""
+        patches = x.shape[1]
+        if patches > LONG and stages is None:
+            part = part_size(patches)
+            x, valid = pad_to_parts(x, patch_mask, part)
+            for block in self.blocks:
+                x = block_in_parts(block.norm, block.mamba, x, valid, part=part)
+            return x[:, :patches]
         for i, block in enumerate(self.blocks):
             x = block(x, patch_mask, stages=stages, prefix=f"block{i}.")
         return x

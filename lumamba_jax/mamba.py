@@ -121,6 +121,13 @@ class MambaBlock(nnx.Module):
             stages.update(scan_out=y, last_state=last_state)
         return self.out_proj(y), MambaCarry(halo, last_state)
 
+    def beginning(self, batch: int) -> MambaCarry:
+        """The carry before a sequence's first part: zeros."""
+        config = self.config
+        inputs = jnp.zeros((batch, config.d_conv - 1, config.d_inner), self.in_proj.dtype)
+        state_dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+        return MambaCarry(inputs, jnp.zeros((batch, config.d_inner, config.d_state), state_dtype))
+
     def prepare(
         self,
         u: Float[Array, "B S M"],
@@ -176,7 +183,7 @@ class BiMamba(nnx.Module):
     def __init__(self, config: MambaConfig, strategy: Bidirectional, *, dtypes: Dtypes, rngs: nnx.Rngs):
         if strategy not in get_args(Bidirectional):
             raise ValueError(f"bidirectional {strategy!r} is unknown: choose one of {get_args(Bidirectional)}")
-        self.strategy = strategy
+        self.strategy: Bidirectional = strategy
         self.fwd = MambaBlock(config, dtypes=dtypes, rngs=rngs)
         self.rev = None if strategy == "none" else MambaBlock(config, dtypes=dtypes, rngs=rngs)
 
@@ -197,7 +204,7 @@ class BiMamba(nnx.Module):
             implementation = self.fwd.config.scan_implementation
             scanned = bidirectional_scan(ahead, behind, delta_softplus=True, valid=valid, implementation=implementation)
             forward, backward = self.fwd.out_proj(scanned[0]), self.rev.out_proj(scanned[1])
-            out = self.join(forward, backward)
+            out = join(self.strategy, forward, backward)
             if stages is not None:
                 stages[f"{prefix}mamba_rev_raw"] = jnp.flip(backward, axis=1)
         if stages is not None:
@@ -205,6 +212,9 @@ class BiMamba(nnx.Module):
             stages[f"{prefix}mamba_out"] = out
         return out
 
-    def join(self, forward: Float[Array, "B S M"], backward: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
-        """The outputs of both directions as one."""
-        return forward + backward if self.strategy == "add" else forward * backward
+
+def join(
+    strategy: Bidirectional, forward: Float[Array, "B S M"], backward: Float[Array, "B S M"]
+) -> Float[Array, "B S M"]:
+    """The outputs of both directions as one."""
+    return forward + backward if strategy == "add" else forward * backward

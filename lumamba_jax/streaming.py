@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from lumamba_jax.compilation import compiler_options
 from lumamba_jax.lumamba import LuMamba, LuMambaBlock, LuMambaConfig
-from lumamba_jax.mamba import MambaCarry
+from lumamba_jax.mamba import MambaCarry, join
 from lumamba_jax.normalization import EPS
 from lumamba_jax.tokens import FoldedNorm, NormSums, fold_norm, position_encoding
 
@@ -87,7 +87,8 @@ def encode_recording(
     Returns: the latents of each part, in order; the last one has padding behind its real patches.
     Raises: ValueError for shapes that do not fit, NaN, or a part that is too short.
     """
-    config: LuMambaConfig = model.config
+    config = model.config
+    assert isinstance(config, LuMambaConfig)
     if part < config.d_conv:
         raise ValueError(f"parts of {part} patches are too short: give at least {config.d_conv}")
     config.check_window(*signal_uv.shape)
@@ -99,7 +100,7 @@ def encode_recording(
     parts = _tokens_of(model, recording, normalizer, encoding.astype(np.float32))
     masks = recording.masks()
     for block in model.blocks:
-        parts = _through_block(block, config, parts, masks)
+        parts = _through_block(block, parts, masks)
     return parts
 
 
@@ -135,15 +136,10 @@ def _added(sums: list[NormSums]) -> NormSums:
     return NormSums(*(jnp.asarray(np.sum(np.asarray(column, np.float64), axis=0), jnp.float32) for column in columns))
 
 
-def _through_block(
-    block: LuMambaBlock, config: LuMambaConfig, parts: list[Array], masks: list[np.ndarray]
-) -> list[Array]:
+def _through_block(block: LuMambaBlock, parts: list[Array], masks: list[np.ndarray]) -> list[Array]:
     """x + BiMamba(LayerNorm(x)): forwards through the parts, then backwards, each way with its carry."""
     static, params = nnx.split(block)
-    beginning = MambaCarry(
-        jnp.zeros((1, config.d_conv - 1, config.mamba.d_inner), parts[0].dtype),
-        jnp.zeros((1, config.mamba.d_inner, config.d_state), jnp.promote_types(parts[0].dtype, jnp.float32)),
-    )
+    beginning = block.mamba.fwd.beginning(1)
     forward, carry = [], beginning
     for x, mask in zip(parts, masks, strict=True):
         out, carry = _compiled(_forward)(static, params, x, mask, carry)
@@ -215,4 +211,4 @@ def _backward(
     block: LuMambaBlock = nnx.merge(static, params)
     assert block.mamba.rev is not None
     out, carry = block.mamba.rev.advance(block.norm(x), carry, valid=mask, reverse=True)
-    return x + block.mamba.join(forward, out), carry
+    return x + join(block.mamba.strategy, forward, out), carry

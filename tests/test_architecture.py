@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"scan", "scan_pallas", "layers", "mamba", "attention", "tokens", "channel_unifier", "heads"}
-MODEL = PARTS | {"montage_model", "lumamba", "luna", "femba", "architectures"}
+MODEL = PARTS | {"long_windows", "montage_model", "lumamba", "luna", "femba", "architectures"}
 MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
     "scan": {"scan_pallas"},
     "scan_pallas": set(),
@@ -29,8 +29,9 @@ MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
     "tokens": {"layers"},
     "channel_unifier": {"attention", "layers"},
     "heads": {"attention", "layers", "mamba", "scan"},
+    "long_windows": {"layers", "mamba"},
     "montage_model": PARTS,
-    "lumamba": PARTS | {"montage_model"},
+    "lumamba": PARTS | {"long_windows", "montage_model"},
     "luna": PARTS | {"montage_model"},
     "femba": PARTS,
     "architectures": MODEL,
