@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         needed = {variant.split(": ")[0] for case in cases for variant in case.variants} | {"jax"}
         versions = {key: value for name in sorted(needed) for key, value in workers[name].ask(do="versions").items()}
         if "problem" in versions:
-            raise WorkerError(versions["problem"])
+            raise WorkerError(f"a library finds no device or is not there ({versions['problem']})")
         report = run(cases, extra, workers, args, {"machine": machine(args.device_note), "versions": versions})
     except WorkerError as problem:
         print(f"the benchmark could not start on {args.device}: {problem}", file=sys.stderr)
