@@ -61,11 +61,13 @@ def enable_compilation_cache() -> None:
     `JAX_ENABLE_COMPILATION_CACHE=false` switches it off. A program for a CPU uses its instructions, so that every kind
     of CPU has a directory of its own.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    if not jax.config.jax_enable_compilation_cache:
         return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(root / "lumamba_jax" / f"xla-{_kind_of_cpu()}"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if not jax.config.jax_compilation_cache_dir:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "lumamba_jax" / f"xla-{_kind_of_cpu()}"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _kind_of_cpu() -> str:

@@ -118,7 +118,7 @@ def load(
         config = config.replace(compute_dtype=compute_dtype)
         graphdef, expected = abstract_model(config)
         params = jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), params, expected)
-    return LoadedModel(config, graphdef, jax.tree.map(jnp.asarray, params), metadata, position_dtype)
+    return LoadedModel(config, graphdef, jax.device_put(params), metadata, position_dtype)
 
 
 def embed(
