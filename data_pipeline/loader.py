@@ -2,13 +2,14 @@
 
 The batch of step `k` is a function of (data, seed, `k`) and of nothing else: no reader thread, restart or number of
 hosts changes which windows (and which augmentation draws) step `k` holds. The pipeline is Grain's random-access
-`MapDataset` to the end: source -> seed -> shuffle -> repeat -> random_map -> [host::hosts] -> batch, one such stream
+`MapDataset` to the end: source -> seed -> shuffle -> repeat -> random_map -> own rows -> batch, one such stream
 for each bucket, joined by a fixed schedule. A bucket is what may share a batch, and has one shape: the number of
 compiled programs is the number of distinct shapes.
 """
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -185,7 +186,17 @@ class Batches:
         if missing > 0:
             epoch = grain.MapDataset.concatenate([epoch, grain.MapDataset.source([FILLER] * missing)]).seed(seed)
         stream = epoch[: steps * size].repeat().random_map(_with_seed)
-        return stream[host_index::host_count].batch(local).map(lambda drawn: self._assemble(bucket, *drawn))
+
+        def own(index: int) -> tuple:
+            # A run of neighbouring rows of each batch: put together in the order of the hosts they are the batch of a
+            # single host, so that what is drawn per row (masks, views) does not depend on their number.
+            step, row = divmod(index, local)
+            drawn = stream[step * size + host_index * local + row]
+            assert drawn is not None, "nothing filters the stream"
+            return drawn
+
+        rows = grain.MapDataset.range(sys.maxsize // size * local).map(own)
+        return rows.batch(local).map(lambda drawn: self._assemble(bucket, *drawn))
 
     def _assemble(self, bucket: "_Bucket", ids: np.ndarray, seeds: np.ndarray) -> dict[str, np.ndarray]:
         """ids (b,) window numbers or FILLER, seeds (b,) of the augmentation draws -> batch."""
