@@ -28,6 +28,7 @@ from lumamba_jax.checkpoint import (
     save_pretrained,
 )
 from lumamba_jax.compilation import enable_compilation_cache
+from lumamba_jax.micro_batches import blocks_per_device
 from lumamba_jax.optimizer import make_optimizer, make_schedule
 from lumamba_jax.run_log import RunLog, StopRequest, write_json
 from lumamba_jax.sharding import make_mesh, to_global
@@ -81,7 +82,9 @@ class Run:
         trainable = is_head if config.trainer.freeze_encoder else None
         params = abstract_params(config.model)
         self.optimizer = make_optimizer(config.optimizer, params, **schedule, trainable=trainable)
-        self.eval_step = make_eval_step(config.model, self.task, self.mesh, seed=config.trainer.seed)
+        seed, micro_batch = config.trainer.seed, config.trainer.micro_batch
+        blocks_per_device(config.loader.batch_size, micro_batch, self.mesh)  # refuses what does not fit
+        self.eval_step = make_eval_step(config.model, self.task, self.mesh, seed=seed, micro_batch=micro_batch)
 
     def start(self, checkpoints: TrainCheckpoints, warm: WarmStart | None) -> tuple[TrainState, Progress]:
         """The state to continue from: the newest checkpoint, or fresh parameters with the warm start's put in."""
@@ -104,6 +107,7 @@ class Run:
             self.mesh,
             seed=trainer.seed,
             freeze_encoder=trainer.freeze_encoder,
+            micro_batch=trainer.micro_batch,
         )
         pending: dict[int, dict[str, jax.Array]] = {}
         with RunLog(self.directory, total_steps=self.total_steps, start_step=start) as log, StopRequest() as stop:

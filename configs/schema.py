@@ -73,6 +73,9 @@ class TrainerConfig:
     Attributes:
         run_dir: everything of the run is written here.
         seed: initialisation and every draw of the run.
+        micro_batch: windows that each device works through at a time, in training and validation; a divisor of its
+            share of the batch. Less memory, the same gradient; only the draws of dropout depend on it. None: 8 on a
+            CPU, if they divide the share, else the whole share.
         epochs: passes over the training windows; used when `steps` is not given.
         steps: optimizer steps.
         log_every: steps between lines of metrics.
@@ -88,6 +91,7 @@ class TrainerConfig:
 
     run_dir: str = "runs/unnamed"
     seed: int = 42
+    micro_batch: int | None = None
     epochs: int = 10
     steps: int | None = None
     log_every: int = 10
@@ -101,7 +105,8 @@ class TrainerConfig:
     baseline: bool = True
 
     def __post_init__(self):
-        for name in ("epochs", "steps", "log_every", "validate_every", "patience", "stop_after", "keep_checkpoints"):
+        names = ("epochs", "steps", "log_every", "validate_every", "patience", "stop_after", "keep_checkpoints")
+        for name in (*names, "micro_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"trainer: {name} must be at least 1, not {value}")

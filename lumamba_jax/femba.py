@@ -87,6 +87,15 @@ class FembaConfig(HeadConfig):
         )
 
     @property
+    def covered(self) -> tuple[int, int]:
+        """Channels and samples that the decoder reconstructs: less than C x T where the strides leave a remainder."""
+        grid, steps = self.grid
+        return (
+            (grid - 1) * self.channel_stride + self.channel_patch_size,
+            (steps - 1) * self.patch_stride + self.patch_size,
+        )
+
+    @property
     def width(self) -> int:
         """Model width E*G."""
         return self.embed_dim * self.grid[0]

@@ -5,6 +5,9 @@ are left out of sums and counts alike, and their gradient is exactly zero. All s
 `jit` the batch axis is the global one, so a mean over it is the mean over all devices, as SIGReg's characteristic
 function needs.
 
+A mean over a batch comes in two halves, a sum per window and a count that only masks and labels decide: so a batch can
+be worked through block by block (`micro_batches`), and the sums of the blocks give exactly the mean of the whole.
+
 The total of pre-training (LuMamba arXiv 2603.19100; constants of its released code):
 
     masked + 0.05 unmasked  +  0.8 query specialisation  +  0.05 ((1 - 0.002) similarity + 0.002 SIGReg)
@@ -40,9 +43,23 @@ def _float32_or_better(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]
 def _masked_mean(
     values: Float[Array, "*shape"], valid: Bool[Array, "*shape"], axis: int | None = None
 ) -> Float[Array, "..."]:
-    """Mean of the valid entries; 0 where there is none. Counted in integers: float32 stops counting at 2^24."""
-    count = jnp.sum(valid, axis=axis, dtype=jnp.int32).astype(values.dtype)
+    """Mean of the valid entries; 0 where there is none."""
+    count = _count(valid, axis).astype(values.dtype)
     return jnp.sum(jnp.where(valid, values, 0), axis=axis) / jnp.maximum(count, 1)
+
+
+def mean_over(sums: Float[Array, "B"], counted: Bool[Array, "B ..."]) -> Float[Array, ""]:
+    """Mean of the entries that count, of which `sums` are the sums per window; 0 where there is none."""
+    return jnp.sum(sums) / jnp.maximum(_count(counted).astype(sums.dtype), 1)
+
+
+def _sum_per_window(values: Float[Array, "B *rest"], counted: Bool[Array, "B *rest"]) -> Float[Array, "B"]:
+    return jnp.sum(jnp.where(counted, values, 0), axis=tuple(range(1, values.ndim)))
+
+
+def _count(counted: Bool[Array, "*shape"], axis: int | None = None) -> Int[Array, "..."]:
+    """In integers: float32 stops counting at 2^24."""
+    return jnp.sum(counted, axis=axis, dtype=jnp.int32)
 
 
 def _windows_like(window_mask: Bool[Array, "B"] | None, shape: tuple[int, ...], axis: int = 0) -> Bool[Array, "..."]:
@@ -52,6 +69,14 @@ def _windows_like(window_mask: Bool[Array, "B"] | None, shape: tuple[int, ...], 
     aligned = [1] * len(shape)
     aligned[axis] = shape[axis]
     return jnp.broadcast_to(window_mask.reshape(aligned), shape)
+
+
+def real_entries(
+    shape: tuple[int, ...], valid: Bool[Array, "*shape"] | None = None, window_mask: Bool[Array, "B"] | None = None
+) -> Bool[Array, "*shape"]:
+    """Which entries of an array of `shape` (B, ...) count: the `valid` ones of windows that are no filler."""
+    counted = _windows_like(window_mask, shape)
+    return counted if valid is None else counted & valid
 
 
 def penalty(difference: Float[Array, "*shape"], kind: Penalty) -> Float[Array, "*shape"]:
@@ -75,6 +100,48 @@ class ReconstructionTerms(NamedTuple):
     total: Float[Array, ""]
     masked: Float[Array, ""]
     unmasked: Float[Array, ""]
+
+
+class CountedSamples(NamedTuple):
+    """Which samples of a batch count in the reconstruction, hidden from the model or visible to it."""
+
+    hidden: Bool[Array, "B C T"]
+    visible: Bool[Array, "B C T"]
+
+
+def counted_samples(
+    mask: Bool[Array, "B C T"],
+    valid: Bool[Array, "B C T"] | None = None,
+    window_mask: Bool[Array, "B"] | None = None,
+) -> CountedSamples:
+    """Divide the real samples of real windows by `mask`; arguments as in `masked_reconstruction`."""
+    counted = real_entries(mask.shape, valid, window_mask)
+    return CountedSamples(counted & mask, counted & ~mask)
+
+
+class ReconstructionErrors(NamedTuple):
+    """Sums per window of the error of hidden and of visible samples."""
+
+    masked: Float[Array, "B"]
+    unmasked: Float[Array, "B"]
+
+
+def reconstruction_errors(
+    reconstruction: Float[Array, "B C T"], target: Float[Array, "B C T"], counted: CountedSamples, kind: Penalty
+) -> ReconstructionErrors:
+    """The sums of which `reconstruction_terms` makes means."""
+    # Padding is removed before the penalty: a non-finite value there must not reach the gradient.
+    difference = _float32_or_better(reconstruction) - _float32_or_better(target)
+    error = penalty(jnp.where(counted.hidden | counted.visible, difference, 0), kind)
+    return ReconstructionErrors(*(_sum_per_window(error, which) for which in counted))
+
+
+def reconstruction_terms(
+    errors: ReconstructionErrors, counted: CountedSamples, unmasked_weight: float = UNMASKED_WEIGHT
+) -> ReconstructionTerms:
+    """Means over the samples of a batch, and their sum with `unmasked_weight`."""
+    masked, unmasked = (mean_over(e, which) for e, which in zip(errors, counted, strict=True))
+    return ReconstructionTerms(masked + unmasked_weight * unmasked, masked, unmasked)
 
 
 def masked_reconstruction(
@@ -102,15 +169,24 @@ def masked_reconstruction(
         Scalars. With nothing hidden `masked` is 0, where the reference gives NaN (the mean of nothing); likewise
         `unmasked` with nothing visible.
     """
-    counted = _windows_like(window_mask, mask.shape)
-    if valid is not None:
-        counted = counted & valid
-    # Padding is removed before the penalty: a non-finite value there must not reach the gradient.
-    difference = jnp.where(counted, _float32_or_better(reconstruction) - _float32_or_better(target), 0)
-    error = penalty(difference, kind)
-    masked = _masked_mean(error, counted & mask)
-    unmasked = _masked_mean(error, counted & ~mask)
-    return ReconstructionTerms(masked + unmasked_weight * unmasked, masked, unmasked)
+    counted = counted_samples(mask, valid, window_mask)
+    return reconstruction_terms(reconstruction_errors(reconstruction, target, counted, kind), counted, unmasked_weight)
+
+
+def query_overlap(
+    attention_scores: Float[Array, "B S Q C"],
+    counted: Bool[Array, "B S"],
+    channel_mask: Bool[Array, "B C"] | None = None,
+    kind: Penalty = "l2",
+) -> Float[Array, "B"]:
+    """The sums per window of which `query_specialization` is the mean; `counted`: real patches of real windows."""
+    scores = jnp.where(counted[:, :, None, None], _float32_or_better(attention_scores), 0)
+    if channel_mask is not None:
+        scores = jnp.where(channel_mask[:, None, None, :], scores, 0)
+    gram = jnp.einsum("bsqc,bskc->bsqk", scores, scores, precision=jax.lax.Precision.HIGHEST)
+    diagonal = jnp.broadcast_to(jnp.eye(scores.shape[2], dtype=bool), gram.shape)
+    per_patch = jnp.mean(penalty(jnp.where(diagonal, 0, gram), kind), axis=(2, 3))
+    return _sum_per_window(per_patch, counted)
 
 
 def query_specialization(
@@ -136,18 +212,8 @@ def query_specialization(
         `weight` times the mean over real patches and all Q*Q entries, the zeroed diagonal included in the count
         (golden/README quirk 26).
     """
-    scores = _float32_or_better(attention_scores)
-    n_windows, n_patches, n_queries, _ = scores.shape
-    counted = _windows_like(window_mask, (n_windows, n_patches))
-    if patch_mask is not None:
-        counted = counted & patch_mask
-    scores = jnp.where(counted[:, :, None, None], scores, 0)
-    if channel_mask is not None:
-        scores = jnp.where(channel_mask[:, None, None, :], scores, 0)
-    gram = jnp.einsum("bsqc,bskc->bsqk", scores, scores, precision=jax.lax.Precision.HIGHEST)
-    diagonal = jnp.broadcast_to(jnp.eye(n_queries, dtype=bool), gram.shape)
-    per_patch = jnp.mean(penalty(jnp.where(diagonal, 0, gram), kind), axis=(2, 3))
-    return weight * _masked_mean(per_patch, counted)
+    counted = real_entries(attention_scores.shape[:2], patch_mask, window_mask)
+    return weight * mean_over(query_overlap(attention_scores, counted, channel_mask, kind), counted)
 
 
 def sigreg_statistic(
@@ -247,8 +313,27 @@ def lejepa(
             the per-device batch of the run you reproduce (2040) to train like it (recipes R4).
         lambda_: share of SIGReg.
     """
-    local = view_embeddings(local_tokens, local_patch_mask)
-    centre = jnp.mean(view_embeddings(global_tokens, global_patch_mask), axis=0)
+    return lejepa_terms(
+        view_embeddings(local_tokens, local_patch_mask),
+        view_embeddings(global_tokens, global_patch_mask),
+        directions,
+        window_mask=window_mask,
+        sigreg_count=sigreg_count,
+        lambda_=lambda_,
+    )
+
+
+def lejepa_terms(
+    local: Float[Array, "Vl B M"],
+    global_: Float[Array, "Vg B M"],
+    directions: Float[Array, "M R"],
+    *,
+    window_mask: Bool[Array, "B"] | None = None,
+    sigreg_count: float | None = None,
+    lambda_: float = LEJEPA_LAMBDA,
+) -> LeJEPATerms:
+    """`lejepa` of the views' embeddings (`view_embeddings`), of the *global* batch."""
+    centre = jnp.mean(global_, axis=0)
     counted = _windows_like(window_mask, local.shape, axis=1)
     similarity = _masked_mean(jnp.where(counted, centre[None] - local, 0) ** 2, counted)
     per_view = jax.vmap(lambda view: sigreg_statistic(view, directions, window_mask))(local)
@@ -311,16 +396,47 @@ def cross_entropy(
     Returns:
         Scalar; 0 when there is no labelled window.
     """
+    counted = labelled(labels, window_mask)
+    sums = cross_entropy_sums(logits, labels, counted, class_weights=class_weights, label_smoothing=label_smoothing)
+    return mean_over_labels(sums, labels, counted, class_weights)
+
+
+def labelled(labels: Int[Array, "B *per"], window_mask: Bool[Array, "B"] | None = None) -> Bool[Array, "B *per"]:
+    """Which decisions count: those of real windows with a label."""
+    return _windows_like(window_mask, labels.shape) & (labels >= 0)
+
+
+def mean_over_labels(
+    sums: Float[Array, "B"],
+    labels: Int[Array, "B *per"],
+    counted: Bool[Array, "B *per"],
+    class_weights: Float[Array, "K"] | None = None,
+) -> Float[Array, ""]:
+    """Mean of which `sums` are the weighted sums per window: divided by the number of labels, or by their weights."""
+    if class_weights is None:
+        return mean_over(sums, counted)
+    weights = class_weights.astype(sums.dtype)
+    own = jax.nn.one_hot(labels, weights.shape[0], dtype=sums.dtype) @ weights
+    norm = jnp.sum(jnp.where(counted, own, 0))
+    return jnp.sum(sums) / jnp.where(norm > 0, norm, 1)
+
+
+def cross_entropy_sums(
+    logits: Float[Array, "B *per K"],
+    labels: Int[Array, "B *per"],
+    counted: Bool[Array, "B *per"],
+    *,
+    class_weights: Float[Array, "K"] | None = None,
+    label_smoothing: float = 0.0,
+) -> Float[Array, "B"]:
+    """The weighted sums per window of `cross_entropy`; `counted` from `labelled`."""
     logits = _float32_or_better(logits)
     n_classes = logits.shape[-1]
     weights = jnp.ones(n_classes, logits.dtype) if class_weights is None else class_weights.astype(logits.dtype)
-    counted = _windows_like(window_mask, labels.shape) & (labels >= 0)
     log_p = jax.nn.log_softmax(jnp.where(counted[..., None], logits, 0), axis=-1)
     target = jax.nn.one_hot(labels, n_classes, dtype=logits.dtype)
     smoothed = (1 - label_smoothing) * target + label_smoothing / n_classes
-    per_decision = -jnp.einsum("...k,...k,k->...", smoothed, log_p, weights)
-    norm = jnp.sum(jnp.where(counted, jnp.einsum("...k,k->...", target, weights), 0))
-    return jnp.sum(jnp.where(counted, per_decision, 0)) / jnp.where(norm > 0, norm, 1)
+    return _sum_per_window(-jnp.einsum("...k,...k,k->...", smoothed, log_p, weights), counted)
 
 
 def binary_cross_entropy(
@@ -338,13 +454,17 @@ def binary_cross_entropy(
         valid: True = this output counts; for one output per channel pass the channel mask.
         window_mask: False = filler window.
     """
-    logits = _float32_or_better(logits)
-    counted = _windows_like(window_mask, logits.shape)
-    if valid is not None:
-        counted = counted & valid
-    logits = jnp.where(counted, logits, 0)
+    counted = real_entries(logits.shape, valid, window_mask)
+    return mean_over(binary_cross_entropy_sums(logits, labels, counted), counted)
+
+
+def binary_cross_entropy_sums(
+    logits: Float[Array, "B K"], labels: Float[Array, "B K"], counted: Bool[Array, "B K"]
+) -> Float[Array, "B"]:
+    """The sums per window of `binary_cross_entropy`."""
+    logits = jnp.where(counted, _float32_or_better(logits), 0)
     labels = jnp.where(counted, labels.astype(logits.dtype), 0)
-    return _masked_mean(jax.nn.softplus(logits) - labels * logits, counted)
+    return _sum_per_window(jax.nn.softplus(logits) - labels * logits, counted)
 
 
 def mean_squared_error(
@@ -354,6 +474,13 @@ def mean_squared_error(
     window_mask: Bool[Array, "B"] | None = None,
 ) -> Float[Array, ""]:
     """Mean over windows and outputs of the squared error, in squared units of the target."""
-    counted = _windows_like(window_mask, prediction.shape)
+    counted = real_entries(target.shape, window_mask=window_mask)
+    return mean_over(squared_error_sums(prediction, target, counted), counted)
+
+
+def squared_error_sums(
+    prediction: Float[Array, "B K"], target: Float[Array, "B K"], counted: Bool[Array, "B K"]
+) -> Float[Array, "B"]:
+    """The sums per window of `mean_squared_error`."""
     prediction = _float32_or_better(prediction)
-    return _masked_mean(jnp.where(counted, prediction - target.astype(prediction.dtype), 0) ** 2, counted)
+    return _sum_per_window(jnp.where(counted, prediction - target.astype(prediction.dtype), 0) ** 2, counted)

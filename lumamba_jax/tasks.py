@@ -1,13 +1,17 @@
 """What a model is trained for: pre-training, classification, regression. Joins model, normalisation, draws and losses.
 
 A task turns (model, batch, keys) into a scalar loss and metrics, turns evaluation batches into per-window outputs, and
-summarises the collected outputs on the host. The batch is the one of docs/architecture.md; its padding masks are passed
-to everything, so a padded window counts exactly as the same window alone.
+summarises the collected outputs on the host. Its loss is in two halves: the model turns windows into a few terms each,
+one window independent of the other, and a pure objective turns the terms of the whole batch into the loss. So a
+gradient can be worked out block by block and device by device (`micro_batches`). The batch is the one of
+docs/architecture.md; its padding masks are passed to everything, so a padded window counts exactly as the same window
+alone.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +27,7 @@ from lumamba_jax.heads import ModelOutput
 Batch = Mapping[str, Array]
 Keys = Mapping[str, Key[Array, ""]]
 Metrics = dict[str, Float[Array, ""]]
+Terms = dict[str, Float[Array, "B ..."]]
 Objective = Literal["reconstruction", "lejepa", "mixed"]
 Normalization = Literal["channel_zscore", "iqr", "fixed_affine", "none"]
 
@@ -83,20 +88,75 @@ class TaskConfig:
             raise ValueError("task: sigreg_slices and the numbers and lengths of views must be at least 1")
 
 
-class Task(Protocol):
-    """The contract between a task and `training`."""
+class Draws(NamedTuple):
+    """What one step draws; None where nothing of the kind is drawn.
 
-    def loss(self, model: Model, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
-        """Scalar training loss and scalar metrics; `keys` holds one key per stream of `masking.STREAMS`."""
-        ...
+    Attributes:
+        mask: True = hidden.
+        position_noise: standard normal.
+        view_starts: first sample of every local and of every global view.
+        directions: of SIGReg, Gaussian columns, not normalised; shared by all windows, as nothing else is.
+    """
 
-    def evaluate(self, model: Model, batch: Batch, keys: Keys) -> dict[str, Float[Array, "B ..."]]:
+    mask: Bool[Array, "B C T"] | None = None
+    position_noise: Float[Array, "B C 3"] | None = None
+    view_starts: tuple[Int[Array, "B Vl"], Int[Array, "B Vg"]] | None = None
+    directions: Float[Array, "M R"] | None = None
+
+    def of_windows(self) -> "Draws":
+        """Those whose first axis is the batch: what `Task.window_terms` may read."""
+        return self._replace(directions=None)
+
+
+class Task(ABC):
+    """The contract between a task and `training`.
+
+    Attributes:
+        curved: names of the terms in which the objective is not linear. Its slope in the others is a function of the
+            batch and the draws alone, known before any term is.
+    """
+
+    curved: tuple[str, ...] = ()
+
+    @abstractmethod
+    def draw(self, batch: Batch, keys: Keys, *, training: bool) -> Draws:
+        """All draws for a batch; no position noise when not `training`."""
+
+    @abstractmethod
+    def window_terms(self, model: Model, batch: Batch, draws: Draws, rngs: nnx.Rngs | None) -> Terms:
+        """What each window contributes, float32 or better: a function of that window, its draws and its dropout."""
+
+    @abstractmethod
+    def objective(self, terms: Terms, batch: Batch, draws: Draws) -> tuple[Float[Array, ""], Metrics]:
+        """Loss and metrics of the whole batch; of `batch` only masks and labels are read, never the signal's values."""
+
+    def loss(
+        self, model: Model, batch: Batch, keys: Keys, *, draws: Draws | None = None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Scalar training loss and scalar metrics; `keys` holds one key per stream of `masking.STREAMS`.
+
+        `draws` take the place of those of `keys`, to repeat a step of another program.
+        """
+        draws = self.draw(batch, keys, training=True) if draws is None else draws
+        terms = self.window_terms(model, batch, draws.of_windows(), dropout_stream(keys["dropout"]))
+        return self.objective(terms, batch, draws)
+
+    @abstractmethod
+    def window_outputs(self, model: Model, batch: Batch, draws: Draws) -> Terms:
+        """What an evaluation needs of each window: a function of that window alone, without dropout."""
+
+    @abstractmethod
+    def outputs(self, found: Terms, batch: Batch, draws: Draws) -> Terms:
+        """Outputs per window of an evaluation, from the `window_outputs` of the whole batch."""
+
+    def evaluate(self, model: Model, batch: Batch, keys: Keys) -> Terms:
         """Outputs per window, without dropout and noise."""
-        ...
+        draws = self.draw(batch, keys, training=False)
+        return self.outputs(self.window_outputs(model, batch, draws.of_windows()), batch, draws)
 
+    @abstractmethod
     def summarize(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray | None) -> dict[str, float]:
         """Metrics of the collected outputs of real windows `(n, ...)`; always has "loss" (lower is better)."""
-        ...
 
 
 def check_objective(config: TaskConfig, model: ModelConfig) -> None:
@@ -135,7 +195,7 @@ def forward(
     signal = normalize(batch, how)
     output = model(
         signal,
-        batch.get("locations"),
+        batch.get("locations"),  # pyright: ignore[reportArgumentType]  (FEMBA needs none)
         channel_ids=batch.get("channel_ids"),
         mask=mask,
         channel_mask=batch.get("channel_mask"),
@@ -147,60 +207,31 @@ def forward(
     return output, signal
 
 
-def _dropout(keys: Keys) -> nnx.Rngs:
+def dropout_stream(key: Key[Array, ""]) -> nnx.Rngs:
     """The stream of dropout, on the hardware generator: a threefry per dropout site doubles the time to compile."""
-    words = jax.random.key_data(keys["dropout"])
-    return nnx.Rngs(dropout=jax.random.wrap_key_data(jnp.tile(words, 2), impl="rbg"))
+    return nnx.Rngs(dropout=jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl="rbg"))
 
 
-class PretrainDraws(NamedTuple):
-    """What one step of pre-training draws; None where its objective draws nothing of the kind.
-
-    Attributes:
-        mask: True = hidden.
-        position_noise: standard normal.
-        view_starts: first sample of every local and of every global view.
-        directions: of SIGReg, Gaussian columns, not normalised.
-    """
-
-    mask: Bool[Array, "B C T"] | None = None
-    position_noise: Float[Array, "B C 3"] | None = None
-    view_starts: tuple[Int[Array, "Vl B"], Int[Array, "Vg B"]] | None = None
-    directions: Float[Array, "M R"] | None = None
-
-
-class Pretrain:
+class Pretrain(Task):
     """Masked reconstruction with query specialisation, LeJEPA, or both (arXiv 2603.19100; weights in `losses`)."""
 
     def __init__(self, config: TaskConfig, model: ModelConfig):
         self._config = config
         self._patch_size = model.patch_size
         self._width = model.width
+        self._covered = model.covered if isinstance(model, FembaConfig) else (None, None)
         self._views = masking.ViewConfig(
             config.local_views, config.local_patches, config.global_views, config.global_patches
         )
+        self._reconstructs = config.objective != "lejepa"
+        self.curved = () if config.objective == "reconstruction" else ("local", "global")
 
-    def loss(
-        self, model: Model, batch: Batch, keys: Keys, *, draws: PretrainDraws | None = None
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """See `Task.loss`. `draws` take the place of those of `keys`, to repeat a step of another program."""
-        return self._objective(model, batch, draws or self._draw(batch, keys, noise=True), _dropout(keys))
-
-    def evaluate(self, model: Model, batch: Batch, keys: Keys) -> dict[str, Float[Array, "B"]]:
-        """The losses of the batch, repeated for each of its windows."""
-        total, terms = self._objective(model, batch, self._draw(batch, keys, noise=False), None)
-        rows = batch["signal"].shape[0]
-        return {name: jnp.broadcast_to(value, (rows,)) for name, value in {"loss": total, **terms}.items()}
-
-    def summarize(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray | None = None) -> dict[str, float]:  # noqa: ARG002
-        """Means over windows: batch losses weighted by the number of real windows."""
-        return {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
-
-    def _draw(self, batch: Batch, keys: Keys, *, noise: bool) -> PretrainDraws:
+    def draw(self, batch: Batch, keys: Keys, *, training: bool) -> Draws:
+        """See `Task.draw`."""
         config = self._config
         rows, channels, samples = batch["signal"].shape
         mask = position_noise = starts = directions = None
-        if config.objective != "lejepa":
+        if self._reconstructs:
             mask = masking.draw_mask(
                 keys["mask"],
                 (rows, channels, samples),
@@ -210,10 +241,10 @@ class Pretrain:
                 channel_mask=batch["channel_mask"],
                 patch_mask=batch["patch_mask"],
             )
-            if config.position_noise and noise:
+            if config.position_noise and training:
                 position_noise = masking.draw_position_noise(keys["noise"], rows, channels)
-        if config.objective != "reconstruction":
-            starts = masking.draw_view_starts(
+        if self.curved:
+            local, global_ = masking.draw_view_starts(
                 keys["views"],
                 self._views,
                 n_windows=rows,
@@ -221,79 +252,93 @@ class Pretrain:
                 patch_size=self._patch_size,
                 patch_mask=batch["patch_mask"],
             )
+            starts = local.T, global_.T
             directions = masking.draw_sigreg_directions(keys["slices"], self._width, config.sigreg_slices)
-        return PretrainDraws(mask, position_noise, starts, directions)
+        return Draws(mask, position_noise, starts, directions)
 
-    def _objective(
-        self, model: Model, batch: Batch, draws: PretrainDraws, rngs: nnx.Rngs | None
-    ) -> tuple[Array, Metrics]:
+    def window_terms(self, model: Model, batch: Batch, draws: Draws, rngs: nnx.Rngs | None) -> Terms:
+        """Sums of errors `(B,)` and the embeddings of the views `(B, V, M)`, as far as the objective has them."""
+        terms = self._errors(model, batch, draws, rngs) if self._reconstructs else {}
+        return terms | (self._embeddings(model, batch, draws, rngs) if self.curved else {})
+
+    def objective(self, terms: Terms, batch: Batch, draws: Draws) -> tuple[Float[Array, ""], Metrics]:
+        """See `Task.objective`."""
+        config, window_mask = self._config, batch["window_mask"]
         reconstruction = query = lejepa = None
         metrics: Metrics = {}
-        if self._config.objective != "lejepa":
-            reconstruction, query = self._reconstruction(model, batch, draws, rngs)
+        if self._reconstructs:
+            errors = losses.ReconstructionErrors(terms["masked"], terms["unmasked"])
+            counted = self._counted_samples(batch, draws)
+            reconstruction = losses.reconstruction_terms(errors, counted, config.unmasked_weight)
             metrics |= {"masked": reconstruction.masked, "unmasked": reconstruction.unmasked}
-            metrics |= {} if query is None else {"query": query}
-        if self._config.objective != "reconstruction":
-            lejepa = self._lejepa(model, batch, draws, rngs)
+        if "query" in terms:
+            query = config.query_weight * losses.mean_over(terms["query"], _counted_patches(batch))
+            metrics |= {"query": query}
+        if self.curved:
+            assert draws.directions is not None, "drawn for this objective"
+            lejepa = losses.lejepa_terms(
+                terms["local"].swapaxes(0, 1),
+                terms["global"].swapaxes(0, 1),
+                draws.directions,
+                window_mask=window_mask,
+                sigreg_count=config.sigreg_count,
+                lambda_=config.lejepa_lambda,
+            )
             metrics |= {"similarity": lejepa.similarity, "sigreg": lejepa.sigreg, "sigreg_global": lejepa.sigreg_global}
-        total = losses.pretraining_total(reconstruction, query, lejepa, lejepa_weight=self._config.lejepa_weight)
-        return total, metrics
+        return losses.pretraining_total(reconstruction, query, lejepa, lejepa_weight=config.lejepa_weight), metrics
 
-    def _reconstruction(
-        self, model: Model, batch: Batch, draws: PretrainDraws, rngs: nnx.Rngs | None
-    ) -> tuple[losses.ReconstructionTerms, Float[Array, ""] | None]:
-        config, mask = self._config, draws.mask
-        assert mask is not None, "drawn for this objective"
+    def window_outputs(self, model: Model, batch: Batch, draws: Draws) -> Terms:
+        """The terms of the objective."""
+        return self.window_terms(model, batch, draws, None)
+
+    def outputs(self, found: Terms, batch: Batch, draws: Draws) -> dict[str, Float[Array, "B"]]:
+        """The losses of the batch, repeated for each of its windows."""
+        total, terms = self.objective(found, batch, draws)
+        rows = batch["signal"].shape[0]
+        return {name: jnp.broadcast_to(value, (rows,)) for name, value in {"loss": total, **terms}.items()}
+
+    def summarize(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray | None = None) -> dict[str, float]:  # noqa: ARG002
+        """Means over windows: batch losses weighted by the number of real windows."""
+        return {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
+
+    def _counted_samples(self, batch: Batch, draws: Draws) -> losses.CountedSamples:
+        """The samples that are compared: FEMBA reconstructs whole patches only and may leave a remainder."""
+        assert draws.mask is not None, "drawn for this objective"
+        channels, samples = self._covered
+        valid = masking.valid_samples(batch["signal"], batch["channel_mask"], batch["patch_mask"])
+        covered = (slice(None), slice(channels), slice(samples))
+        return losses.counted_samples(draws.mask[covered], valid[covered], batch["window_mask"])
+
+    def _errors(self, model: Model, batch: Batch, draws: Draws, rngs: nnx.Rngs | None) -> Terms:
+        config = self._config
         output, signal = forward(
-            model, batch, config.normalization, mask=mask, position_noise=draws.position_noise, rngs=rngs
+            model, batch, config.normalization, mask=draws.mask, position_noise=draws.position_noise, rngs=rngs
         )
         assert output.reconstruction is not None, "checked when the configuration was made"
-        window_mask = batch["window_mask"]
-        valid = masking.valid_samples(signal, batch["channel_mask"], batch["patch_mask"])
-        # FEMBA reconstructs whole patches only; a remainder that its strides leave is not compared.
-        covered = tuple(slice(size) for size in output.reconstruction.shape)
-        terms = losses.masked_reconstruction(
-            output.reconstruction,
-            signal[covered],
-            mask[covered],
-            valid=valid[covered],
-            window_mask=window_mask,
-            kind=config.penalty,
-            unmasked_weight=config.unmasked_weight,
-        )
-        if output.attention_scores is None:  # FEMBA has no queries to specialise
-            return terms, None
-        query = losses.query_specialization(
-            output.attention_scores,
-            channel_mask=batch["channel_mask"],
-            patch_mask=batch["patch_mask"],
-            window_mask=window_mask,
-            weight=config.query_weight,
-        )
-        return terms, query
+        target = signal[tuple(slice(size) for size in output.reconstruction.shape)]
+        counted = self._counted_samples(batch, draws)
+        errors = losses.reconstruction_errors(output.reconstruction, target, counted, config.penalty)
+        terms = errors._asdict()
+        if output.attention_scores is not None:  # FEMBA has no queries to specialise
+            scores, counted = output.attention_scores, _counted_patches(batch)
+            terms["query"] = losses.query_overlap(scores, counted, batch["channel_mask"])
+        return terms
 
-    def _lejepa(self, model: Model, batch: Batch, draws: PretrainDraws, rngs: nnx.Rngs | None) -> losses.LeJEPATerms:
-        config, starts, directions = self._config, draws.view_starts, draws.directions
+    def _embeddings(self, model: Model, batch: Batch, draws: Draws, rngs: nnx.Rngs | None) -> Terms:
+        config, starts = self._config, draws.view_starts
         assert starts is not None, "drawn for this objective"
-        assert directions is not None, "drawn for this objective"
         signal, patch_mask = normalize(batch, config.normalization), batch["patch_mask"]
-        samples = signal.shape[2]
-        tokens, masks = [], []
+        embeddings = []
         for start, patches in zip(starts, (config.local_patches, config.global_patches), strict=True):
-            views = masking.crop_views(signal, start, patches * self._patch_size)  # (V, B, C, W)
-            valid = masking.view_patch_mask(start, patches, self._patch_size, patch_mask, samples)
-            tokens.append(_encode_views(model, views, valid, batch, rngs))
-            masks.append(valid)
-        return losses.lejepa(
-            tokens[0],
-            tokens[1],
-            directions,
-            local_patch_mask=masks[0],
-            global_patch_mask=masks[1],
-            window_mask=batch["window_mask"],
-            sigreg_count=config.sigreg_count,
-            lambda_=config.lejepa_lambda,
-        )
+            views = masking.crop_views(signal, start.T, patches * self._patch_size)  # (V, B, C, W)
+            valid = masking.view_patch_mask(start.T, patches, self._patch_size, patch_mask, signal.shape[2])
+            tokens = _encode_views(model, views, valid, batch, rngs)
+            embeddings.append(losses.view_embeddings(tokens, valid).swapaxes(0, 1))
+        return {"local": embeddings[0], "global": embeddings[1]}
+
+
+def _counted_patches(batch: Batch) -> Bool[Array, "B S"]:
+    return losses.real_entries(batch["patch_mask"].shape, batch["patch_mask"], batch["window_mask"])
 
 
 def _encode_views(
@@ -316,22 +361,38 @@ def _logits(output: ModelOutput) -> Float[Array, "B ..."]:
     return output.logits
 
 
-class _Supervised:
+class _Supervised(Task):
     """What classification and regression share: one forward pass per batch, outputs collected per window."""
 
     def __init__(self, config: TaskConfig):
         self._config = config
 
-    def evaluate(self, model: Model, batch: Batch, keys: Keys) -> dict[str, Float[Array, "B ..."]]:  # noqa: ARG002
+    def draw(self, batch: Batch, keys: Keys, *, training: bool) -> Draws:
+        """See `Task.draw`."""
+        if not (self._config.position_noise and training):
+            return Draws()
+        return Draws(position_noise=masking.draw_position_noise(keys["noise"], *batch["signal"].shape[:2]))
+
+    def window_terms(self, model: Model, batch: Batch, draws: Draws, rngs: nnx.Rngs | None) -> Terms:
+        """Sums `(B,)` over the outputs of each window."""
+        noise = draws.position_noise
+        output, _ = forward(model, batch, self._config.normalization, position_noise=noise, rngs=rngs)
+        return self._sums(_logits(output), batch)
+
+    @abstractmethod
+    def _sums(self, logits: Float[Array, "B ..."], batch: Batch) -> Terms: ...
+
+    def window_outputs(self, model: Model, batch: Batch, draws: Draws) -> Terms:  # noqa: ARG002
         """Raw outputs of the head, `logits (B, K)`."""
         return {"logits": _logits(forward(model, batch, self._config.normalization)[0])}
 
-    def _training_logits(self, model: Model, batch: Batch, keys: Keys) -> Float[Array, "B K"]:
-        noise = None
-        if self._config.position_noise:
-            noise = masking.draw_position_noise(keys["noise"], *batch["signal"].shape[:2])
-        rngs = _dropout(keys)
-        return _logits(forward(model, batch, self._config.normalization, position_noise=noise, rngs=rngs)[0])
+    def outputs(self, found: Terms, batch: Batch, draws: Draws) -> Terms:  # noqa: ARG002
+        """The same."""
+        return found
+
+
+def _independent(labels: Array) -> bool:
+    return jnp.issubdtype(labels.dtype, jnp.floating)
 
 
 class Classify(_Supervised):
@@ -339,24 +400,36 @@ class Classify(_Supervised):
 
     def __init__(self, config: TaskConfig, class_weights: np.ndarray | None = None):
         super().__init__(config)
-        self._class_weights = class_weights
+        self._class_weights = None if class_weights is None else np.asarray(class_weights)
 
-    def loss(self, model: Model, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
-        """See `Task.loss`."""
-        logits, labels = self._training_logits(model, batch, keys), batch["label"]
-        window_mask = batch["window_mask"]
-        if jnp.issubdtype(labels.dtype, jnp.floating):
-            return losses.binary_cross_entropy(logits, labels, window_mask=window_mask), {}
-        weights = None if self._class_weights is None else jnp.asarray(self._class_weights)
-        loss = losses.cross_entropy(
+    def _sums(self, logits: Float[Array, "B ..."], batch: Batch) -> Terms:
+        labels, window_mask = batch["label"], batch["window_mask"]
+        if _independent(labels):
+            counted = losses.real_entries(labels.shape, window_mask=window_mask)
+            return {"loss": losses.binary_cross_entropy_sums(logits, labels, counted)}
+        counted = losses.labelled(labels, window_mask)
+        sums = losses.cross_entropy_sums(
             logits,
             labels,
-            class_weights=weights,
+            counted,
+            class_weights=self._weights(),
             label_smoothing=self._config.label_smoothing,
-            window_mask=window_mask,
         )
-        correct = (jnp.argmax(logits, axis=-1) == labels) & window_mask
-        return loss, {"accuracy": jnp.sum(correct) / jnp.maximum(jnp.sum(window_mask), 1)}
+        correct = (jnp.argmax(logits, axis=-1) == labels) & counted
+        return {"loss": sums, "correct": jnp.sum(correct, axis=tuple(range(1, labels.ndim))).astype(sums.dtype)}
+
+    def objective(self, terms: Terms, batch: Batch, draws: Draws) -> tuple[Float[Array, ""], Metrics]:  # noqa: ARG002
+        """See `Task.objective`."""
+        labels, window_mask = batch["label"], batch["window_mask"]
+        if _independent(labels):
+            counted = losses.real_entries(labels.shape, window_mask=window_mask)
+            return losses.mean_over(terms["loss"], counted), {}
+        counted = losses.labelled(labels, window_mask)
+        loss = losses.mean_over_labels(terms["loss"], labels, counted, self._weights())
+        return loss, {"accuracy": losses.mean_over(terms["correct"], counted)}
+
+    def _weights(self) -> Float[Array, "K"] | None:
+        return None if self._class_weights is None else jnp.asarray(self._class_weights)
 
     def summarize(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray | None) -> dict[str, float]:
         """Unweighted cross-entropy and the classification metrics, windows pooled."""
@@ -371,11 +444,16 @@ class Classify(_Supervised):
 class Regress(_Supervised):
     """Mean squared error over windows and outputs."""
 
-    def loss(self, model: Model, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
-        """See `Task.loss`."""
-        prediction = self._training_logits(model, batch, keys)
-        loss = losses.mean_squared_error(prediction, batch["label"], window_mask=batch["window_mask"])
+    def _sums(self, logits: Float[Array, "B ..."], batch: Batch) -> Terms:
+        return {"loss": losses.squared_error_sums(logits, batch["label"], self._counted(batch))}
+
+    def objective(self, terms: Terms, batch: Batch, draws: Draws) -> tuple[Float[Array, ""], Metrics]:  # noqa: ARG002
+        """See `Task.objective`."""
+        loss = losses.mean_over(terms["loss"], self._counted(batch))
         return loss, {"rmse": jnp.sqrt(loss)}
+
+    def _counted(self, batch: Batch) -> Bool[Array, "B K"]:
+        return losses.real_entries(batch["label"].shape, window_mask=batch["window_mask"])
 
     def summarize(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray | None) -> dict[str, float]:
         """Mean squared error and the regression metrics."""

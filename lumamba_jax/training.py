@@ -6,6 +6,7 @@ continued run equals the unbroken one bit for bit. Under `jit` the view is globa
 over all devices.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,10 +20,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from lumamba_jax.architectures import ModelConfig, abstract_model, build
+from lumamba_jax.architectures import Model, ModelConfig, abstract_model, build
 from lumamba_jax.checkpoint import abstract_params, named_leaves
 from lumamba_jax.compilation import compiler_options
 from lumamba_jax.masking import STREAMS, stream_key
+from lumamba_jax.micro_batches import blocks_per_device, evaluation, value_and_gradient
 from lumamba_jax.sharding import batch_sharding, replicated, state_shardings, to_global
 from lumamba_jax.tasks import Task
 
@@ -76,7 +78,13 @@ def init_state(
         seed: of the initialisation.
         pretrained: values that replace the fresh ones, by parameter path (`select_pretrained`).
     """
+    return _init_program(config, optimizer, mesh, seed)(dict(pretrained or {}))
 
+
+@functools.lru_cache(maxsize=4)  # compiling it takes longer than a short run
+def _init_program(
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> Callable[[dict[str, np.ndarray]], TrainState]:
     def init(replacements: Mapping[str, Array]) -> TrainState:
         params = nnx.split(build(config, seed=seed))[1]
         leaves = {**named_leaves(params), **replacements}
@@ -84,7 +92,7 @@ def init_state(
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
-    return jax.jit(init, out_shardings=shardings)(dict(pretrained or {}))
+    return jax.jit(init, out_shardings=shardings)
 
 
 class WarmStart(NamedTuple):
@@ -124,22 +132,26 @@ def make_train_step(
     *,
     seed: int,
     freeze_encoder: bool = False,
+    micro_batch: int | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Compile `(state, batch) -> (state, metrics)`; the given state's buffers are donated, the metrics stay on device.
 
-    A frozen encoder is excluded from the backward pass here and from the update by the optimizer's own mask.
+    A frozen encoder is excluded from the backward pass here and from the update by the optimizer's own mask. Each
+    device works through its windows `micro_batch` at a time, None as `micro_batches.blocks_per_device` says; that
+    changes nothing but the draws of dropout, and rounding.
     """
     graphdef = graph_definition(config)
 
-    def loss_fn(params: nnx.State, batch: dict[str, Array], keys: Keys) -> tuple[Array, dict[str, Array]]:
+    def model_of(params: nnx.State) -> Model:
         if freeze_encoder:
             leaves = [v if is_head(k) else jax.lax.stop_gradient(v) for k, v in named_leaves(params).items()]
             params = jax.tree.unflatten(jax.tree.structure(params), leaves)
-        return task.loss(nnx.merge(graphdef, params), batch, keys)
+        return nnx.merge(graphdef, params)
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         keys = step_keys(seed, state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, keys)
+        blocks = blocks_per_device(batch["signal"].shape[0], micro_batch, mesh)
+        loss, metrics, grads = value_and_gradient(task, model_of, state.params, batch, keys, blocks=blocks, mesh=mesh)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
@@ -156,17 +168,21 @@ def make_train_step(
 
 
 def make_eval_step(
-    config: ModelConfig, task: Task, mesh: Mesh, *, seed: int
+    config: ModelConfig, task: Task, mesh: Mesh, *, seed: int, micro_batch: int | None = None
 ) -> Callable[[nnx.State, dict[str, Array]], dict[str, Array]]:
     """Compile `(params, batch) -> outputs`: the arrays `(B, ...)` of `task.evaluate` with the batch's ids and labels.
 
     No dropout and no position noise; draws that the objective itself needs (masks, views) are the same in every
-    evaluation, so that validation losses are comparable over a run.
+    evaluation, so that validation losses are comparable over a run. `micro_batch` as in `make_train_step`.
     """
     graphdef = graph_definition(config)
 
     def eval_step(params: nnx.State, batch: dict[str, Array]) -> dict[str, Array]:
-        outputs = task.evaluate(nnx.merge(graphdef, params), batch, step_keys(seed, 0))
+        blocks = blocks_per_device(batch["signal"].shape[0], micro_batch, mesh)
+        keys = step_keys(seed, 0)
+        outputs = evaluation(
+            task, functools.partial(nnx.merge, graphdef), params, batch, keys, blocks=blocks, mesh=mesh
+        )
         return outputs | {key: batch[key] for key in ("window_id", "window_mask", "label") if key in batch}
 
     params_shardings = state_shardings(abstract_params(config), mesh)

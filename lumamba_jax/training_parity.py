@@ -258,8 +258,8 @@ def _objective(task: tasks.Pretrain, model: LuMamba, inputs: Arrays) -> tuple[ja
         "patch_mask": jnp.ones((rows, samples // model.config.patch_size), bool),
         "window_mask": jnp.ones(rows, bool),
     }
-    starts = inputs["start_local"], inputs["start_global"]
-    draws = tasks.PretrainDraws(inputs["mask"], inputs["loc_noise"], starts, inputs["A_raw"])
+    starts = inputs["start_local"].T, inputs["start_global"].T
+    draws = tasks.Draws(inputs["mask"], inputs["loc_noise"], starts, inputs["A_raw"])
     keys = {name: masking.stream_key(0, name, 0) for name in masking.STREAMS}
     return task.loss(model, batch, keys, draws=draws)
 

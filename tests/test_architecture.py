@@ -18,6 +18,7 @@ MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
     "losses": set(),
     "masking": set(),
     "metrics": set(),
+    "micro_batches": {"architectures", "compilation", "sharding", "tasks"},
     "normalization": {"masking"},
     "report": {"metrics"},
     "run_log": set(),

@@ -87,7 +87,7 @@ def test_evaluation_has_masks_but_no_dropout_and_no_noise(pretraining):
 
 
 def test_dropout_of_a_step_is_a_function_of_the_step():
-    draws = [jax.random.uniform(tasks._dropout(keys(step)).dropout(), (5,)) for step in (3, 3, 4)]
+    draws = [jax.random.uniform(tasks.dropout_stream(keys(step)["dropout"]).dropout(), (5,)) for step in (3, 3, 4)]
     np.testing.assert_array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])
 

@@ -159,7 +159,7 @@ def test_stored_draws_take_the_place_of_ours():
     noise = jnp.ones((rows, channels, 3))
     model = Silent()
     task = tasks.Pretrain(tasks.TaskConfig(objective="reconstruction"), LuMambaConfig())
-    _, terms = task.loss(model, batch, keys, draws=tasks.PretrainDraws(jnp.asarray(hidden), noise))
+    _, terms = task.loss(model, batch, keys, draws=tasks.Draws(jnp.asarray(hidden), noise))
     error = np.abs(np.asarray(tasks.normalize(batch, "channel_zscore")))
     penalty = np.where(error < 1, error**2 / 2, error - 0.5)
     np.testing.assert_allclose(terms["masked"], penalty[hidden].mean(), rtol=1e-5)
