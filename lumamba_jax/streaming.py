@@ -1,15 +1,23 @@
 """A recording of hours as one window, in bounded memory: LuMamba's blocks carry their state from part to part.
 
-The result is that of the whole window at once. What depends on the whole window is gathered first: the z-score of each
-channel, then the three group norms of the time path (one pass over the signal each: the convolutions before are cheap).
-Tokens and channel unification then go part by part, and each Mamba direction runs through the parts with its carry.
+The result is that of the whole window at once. What depends on the whole window is gathered first, in three passes over
+the signal: covariances within a patch, which give the z-score of each channel and the first group norm of the time path
+(a convolution is linear), then its other two group norms (the convolutions before them are cheap). Tokens and channel
+unification then go part by part, and each Mamba direction runs through the parts with its carry.
 
-Memory: the latents of the window, 4 (M + M) bytes per patch and direction, and the activations of one part.
+Parts that do not depend on each other are computed in threads, and the two directions of a block at the same time: on a
+CPU, one part's program cannot keep several cores busy.
+
+Memory: the latents of the window and those of one direction, 4 (M + M) bytes per patch, and the activations of one part
+per thread.
 """
 
 import functools
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +25,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from lumamba_jax.channel_unifier import ChannelUnifier
 from lumamba_jax.compilation import compiler_options
+from lumamba_jax.layers import LayerNorm
 from lumamba_jax.lumamba import LuMamba, LuMambaBlock, LuMambaConfig
-from lumamba_jax.mamba import MambaCarry, join
+from lumamba_jax.mamba import Bidirectional, MambaBlock, MambaCarry, join
 from lumamba_jax.normalization import EPS
-from lumamba_jax.tokens import FoldedNorm, NormSums, fold_norm, position_encoding
+from lumamba_jax.tokens import FoldedNorm, NormSums, Tokenizer, fold_norm, position_encoding
 
 DEFAULT_PART = 512
+MAX_THREADS = 8
 
-Normalizer = tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]
-"""Mean and standard deviation of every channel, microvolts."""
+Result = TypeVar("Result")
 
 
 class Recording(NamedTuple):
@@ -47,23 +57,63 @@ class Recording(NamedTuple):
         """Patches S of the window."""
         return self.signal.shape[1] // self.patch_size
 
-    def masks(self) -> list[Bool[np.ndarray, "1 R"]]:
-        """Which patches of each part are real."""
-        starts = range(0, self.num_patches, self.part)
-        return [np.arange(self.part)[None] < self.num_patches - first for first in starts]
+    @property
+    def num_parts(self) -> int:
+        """Parts of the window; the last one may be padded."""
+        return -(-self.num_patches // self.part)
 
-    def parts(self) -> Iterator[tuple[Float[np.ndarray, "1 C R P"], Bool[np.ndarray, "1 R"]]]:
-        """Patches of each part, the last one padded with zeros, and which of them are real."""
-        channels, size = self.signal.shape[0], self.patch_size
-        for first in range(0, self.num_patches, self.part):
-            count = min(self.part, self.num_patches - first)
-            patches = np.zeros((1, channels, self.part, size), np.float32)
-            raw = np.asarray(self.signal[:, first * size : (first + count) * size], np.float32)
-            if not np.isfinite(raw).all():
-                seconds = f"samples {first * size} to {(first + count) * size}"
-                raise ValueError(f"the signal holds NaN or infinite values in {seconds}: interpolate them first")
-            patches[0, :, :count] = raw.reshape(channels, count, size)
-            yield patches, np.arange(self.part)[None] < count
+    def mask(self, i: int) -> Bool[np.ndarray, "1 R"]:
+        """Which patches of part i are real."""
+        return np.arange(self.part)[None] < self.num_patches - i * self.part
+
+    def patches(self, i: int) -> Float[np.ndarray, "1 C R P"]:
+        """Patches of part i, with zeros behind the window's end. Raises ValueError for NaN."""
+        first, last = i * self.part * self.patch_size, min((i + 1) * self.part, self.num_patches) * self.patch_size
+        samples = np.asarray(self.signal[:, first:last], np.float32)
+        if not np.isfinite(samples).all():
+            raise ValueError(
+                f"the signal holds NaN or infinite values in samples {first} to {last}: interpolate them first"
+            )
+        padded = np.zeros((1, len(samples), self.part, self.patch_size), np.float32)
+        padded.reshape(len(samples), -1)[:, : samples.shape[1]] = samples
+        return padded
+
+
+class Normalizer(NamedTuple):
+    """Mean of every channel, what float32 rounding took from it, and the standard deviation: `(C,)`, microvolts."""
+
+    mean: np.ndarray
+    rest: np.ndarray
+    deviation: np.ndarray
+
+
+class PatchMoments(NamedTuple):
+    """Over the patches of every channel: mean `(C, P)`, sum of outer products about it `(C, P, P)`, their number."""
+
+    mean: np.ndarray
+    products: np.ndarray
+    count: int
+
+    def normalizer(self) -> Normalizer:
+        """Mean and unbiased standard deviation of every channel."""
+        mean = self.mean.mean(axis=1)
+        squares = np.trace(self._about(mean), axis1=1, axis2=2)
+        deviation = np.sqrt(squares / max(self.count * self.mean.shape[1] - 1, 1))
+        rounded = mean.astype(np.float32)
+        return Normalizer(rounded, (mean - rounded).astype(np.float32), deviation.astype(np.float32))
+
+    def sums(self, matrix: Float[np.ndarray, "P F"]) -> NormSums:
+        """The statistics of `z @ matrix` over all patches z of all z-scored channels."""
+        mean, deviation = self.mean.mean(axis=1), self.normalizer().deviation.astype(np.float64)
+        weights = matrix[None] / (deviation + EPS)[:, None, None]  # (C, P, F)
+        first = self.count * np.einsum("cp,cpf->f", self.mean - mean[:, None], weights)
+        second = np.sum(weights * (self._about(mean) @ weights), axis=(0, 1))
+        count = np.array([self.count * len(mean)])
+        return NormSums(*(jnp.asarray(x[None], jnp.float32) for x in (first, second, count)))
+
+    def _about(self, centre: Float[np.ndarray, " C"]) -> Float[np.ndarray, "C P P"]:
+        shift = self.mean - centre[:, None]
+        return self.products + self.count * shift[:, :, None] * shift[:, None, :]
 
 
 def encode_recording(
@@ -95,39 +145,68 @@ def encode_recording(
     if np.shape(locations) != (signal_uv.shape[0], 3):
         raise ValueError(f"locations must be {(signal_uv.shape[0], 3)} for this signal, not {np.shape(locations)}")
     recording = Recording(signal_uv, config.patch_size, part)
-    normalizer = _channel_statistics(recording)
     encoding = position_encoding(np.asarray(locations)[None], config.embed_dim, dtype=position_dtype)
-    parts = _tokens_of(model, recording, normalizer, encoding.astype(np.float32))
-    masks = recording.masks()
+    parts = _tokens_of(model, recording, encoding.astype(np.float32))
+    masks = [recording.mask(i) for i in range(recording.num_parts)]
     for block in model.blocks:
-        parts = _through_block(block, parts, masks)
+        _through_block(block, parts, masks)
     return parts
 
 
-def _channel_statistics(recording: Recording) -> Normalizer:
-    """Mean and unbiased standard deviation of every channel over the whole window, in two passes in float64."""
-    count, channels = recording.num_patches * recording.patch_size, recording.signal.shape[0]
-    mean, squares = np.zeros(channels), np.zeros(channels)
-    for patches, _ in recording.parts():
-        mean += patches.sum(axis=(0, 2, 3), dtype=np.float64) / count
-    for patches, mask in recording.parts():
-        centred = np.where(mask[:, None, :, None], patches - mean.astype(np.float32)[None, :, None, None], 0)
-        squares += np.square(centred).sum(axis=(0, 2, 3), dtype=np.float64)
-    return mean.astype(np.float32), np.sqrt(squares / max(count - 1, 1)).astype(np.float32)
+def _of_every_part(compute: Callable[[int], Result], recording: Recording) -> Iterator[Result]:
+    """`compute(i)` of every part: the first alone, as it may compile, then several at a time.
+
+    Each thread waits for its result: calls that only queue would pile up arrays.
+    """
+
+    def finished(i: int) -> Result:
+        return jax.block_until_ready(compute(i))
+
+    yield finished(0)
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
+        yield from threads.map(finished, range(1, recording.num_parts))
+
+
+def _patch_moments(recording: Recording) -> PatchMoments:
+    """Moments of the parts joined in float64 (Chan, Golub and LeVeque, 1979, updating formulae)."""
+
+    def compute(i: int) -> tuple[Array, Array, Array]:
+        return _moments(recording.patches(i), recording.mask(i))
+
+    channels, size = recording.signal.shape[0], recording.patch_size
+    count, mean, products = 0, np.zeros((channels, size)), np.zeros((channels, size, size))
+    for i, moments in enumerate(_of_every_part(compute, recording)):
+        begin, first, second = (np.asarray(x, np.float64) for x in moments)
+        more = int(recording.mask(i).sum())
+        shift = begin + first / more - mean
+        products += second - first[:, :, None] * (first / more)[:, None, :]
+        products += shift[:, :, None] * (shift * (count * more / (count + more)))[:, None, :]
+        mean, count = mean + shift * (more / (count + more)), count + more
+    return PatchMoments(mean, products, count)
 
 
 def _tokens_of(
-    model: LuMamba, recording: Recording, normalizer: Normalizer, encoding: Float[np.ndarray, "1 C E"]
+    model: LuMamba, recording: Recording, encoding: Float[np.ndarray, "1 C E"]
 ) -> list[Float[Array, "1 R M"]]:
     """Tokens, channel unification; the norms of the time path are gathered one after the other before."""
-    front, params = nnx.split((model.tokenizer, model.unifier))
-    folded: tuple[FoldedNorm, ...] = ()
-    time_path = model.tokenizer.time_path
-    for conv, norm in zip(time_path.convs, time_path.norms, strict=True):
-        sums = [_compiled(_sums)(front, params, *piece, normalizer, folded) for piece in recording.parts()]
-        folded = (*folded, fold_norm(_added(sums), conv, norm))
-    tokens = _compiled(_tokens)
-    return [tokens(front, params, *piece, normalizer, folded, encoding) for piece in recording.parts()]
+    front = (model.tokenizer, model.unifier)
+    convs, norms = model.tokenizer.time_path.convs, model.tokenizer.time_path.norms
+    moments = _patch_moments(recording)
+    normalizer = jax.device_put(moments.normalizer())
+    sums = moments.sums(np.asarray(convs[0].as_matrix(recording.patch_size), np.float64))
+    folded = (fold_norm(sums, convs[0], norms[0]),)
+
+    def run(step: Callable[..., Result], *more: Any) -> list[Result]:
+        program = _program(step, front)
+
+        def compute(i: int) -> Result:
+            return program(recording.patches(i), recording.mask(i), normalizer, folded, *more)
+
+        return list(_of_every_part(compute, recording))
+
+    for conv, norm in zip(convs[1:], norms[1:], strict=True):
+        folded = (*folded, fold_norm(_added(run(_sums)), conv, norm))
+    return run(_tokens, encoding)
 
 
 def _added(sums: list[NormSums]) -> NormSums:
@@ -136,79 +215,108 @@ def _added(sums: list[NormSums]) -> NormSums:
     return NormSums(*(jnp.asarray(np.sum(np.asarray(column, np.float64), axis=0), jnp.float32) for column in columns))
 
 
-def _through_block(block: LuMambaBlock, parts: list[Array], masks: list[np.ndarray]) -> list[Array]:
-    """x + BiMamba(LayerNorm(x)): forwards through the parts, then backwards, each way with its carry."""
-    static, params = nnx.split(block)
-    beginning = block.mamba.fwd.beginning(1)
-    forward, carry = [], beginning
-    for x, mask in zip(parts, masks, strict=True):
-        out, carry = _compiled(_forward)(static, params, x, mask, carry)
-        forward.append(out)
-    carry = beginning
-    for i in reversed(range(len(parts))):
-        if block.mamba.rev is None:
-            parts[i] = parts[i] + forward[i]
-        else:
-            parts[i], carry = _compiled(_backward)(static, params, parts[i], forward[i], masks[i], carry)
-        forward[i] = None
-    return parts
+def _through_block(block: LuMambaBlock, parts: list[Array], masks: list[np.ndarray]) -> None:
+    """x + BiMamba(LayerNorm(x)) in place of every part; one thread goes forwards, one backwards, each with its carry.
+
+    The first direction to reach a part leaves its output, the second one joins the two.
+    """
+    outputs: dict[int, Array] = {}
+    lock = threading.Lock()
+    strategy = block.mamba.strategy
+
+    def through(step: Callable[..., tuple[Array, MambaCarry]], mamba: MambaBlock, order: Sequence[int]) -> None:
+        program, carry = _program(step, (block.norm, mamba)), mamba.beginning(1)
+        for i in order:
+            out, carry = jax.block_until_ready(program(parts[i], masks[i], carry))
+            with lock:
+                other = outputs.pop(i, None)
+                if other is None and strategy != "none":
+                    outputs[i] = out
+                    continue
+            parts[i] = _joined(strategy, parts[i], out, other)
+
+    order = range(len(parts))
+    with ThreadPoolExecutor(2) as threads:
+        running = [threads.submit(through, _forward, block.mamba.fwd, order)]
+        if block.mamba.rev is not None:
+            running.append(threads.submit(through, _backward, block.mamba.rev, order[::-1]))
+    for direction in running:
+        direction.result()
 
 
 # --- the compiled steps: every part has the same shape, so each compiles once -----------------------------------------
 
 
+def _program(step: Callable[..., Result], modules: tuple[nnx.Module, ...]) -> Callable[..., Result]:
+    """`step(modules, ...)` compiled. What a call would spend on hashing and flattening modules is spent once."""
+    graphdef, params = nnx.split(modules)
+    leaves, structure = jax.tree.flatten(params)
+    return functools.partial(_compiled(step, graphdef, structure), leaves)
+
+
 @functools.cache
-def _compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.jit(step, static_argnums=0, compiler_options=compiler_options())
+def _compiled(step: Callable[..., Any], graphdef: nnx.GraphDef, structure: Any) -> Callable[..., Any]:
+    def run(leaves: list[Array], *args: Any) -> Any:
+        return step(nnx.merge(graphdef, jax.tree.unflatten(structure, leaves)), *args)
+
+    return jax.jit(run, compiler_options=compiler_options())
+
+
+@jax.jit
+def _moments(patches: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """About the mean but for rounding: that point, first and second moments; exact where a channel is flat."""
+    valid, begin = mask[0, None, :, None], patches[0, :, :1]
+    mean = begin + jnp.where(valid, patches[0] - begin, 0).sum(axis=1, keepdims=True) / mask.sum()  # (C, 1, P)
+    centred = jnp.where(valid, patches[0] - mean, 0)
+    return mean[:, 0], centred.sum(axis=1), jnp.einsum("crp,crq->cpq", centred, centred, precision="highest")
 
 
 def _normalized(patches: Array, mask: Array, normalizer: Normalizer) -> tuple[Array, Array]:
-    mean, deviation = (x[None, :, None, None] for x in normalizer)
+    mean, rest, deviation = (x[None, :, None, None] for x in normalizer)
     valid = jnp.broadcast_to(mask[:, None, :], patches.shape[:3])
-    return jnp.where(valid[..., None], (patches - mean) / (deviation + EPS), 0), valid
+    return jnp.where(valid[..., None], (patches - mean - rest) / (deviation + EPS), 0), valid
 
 
 def _sums(
-    front: nnx.GraphDef,
-    params: nnx.State,
+    front: tuple[Tokenizer, ChannelUnifier],
     patches: Array,
     mask: Array,
     normalizer: Normalizer,
     folded: Sequence[FoldedNorm],
 ) -> NormSums:
-    tokenizer, _ = nnx.merge(front, params)
-    return tokenizer.time_path.sums(*_normalized(patches, mask, normalizer), folded)
+    return front[0].time_path.sums(*_normalized(patches, mask, normalizer), folded)
 
 
 def _tokens(
-    front: nnx.GraphDef,
-    params: nnx.State,
+    front: tuple[Tokenizer, ChannelUnifier],
     patches: Array,
     mask: Array,
     normalizer: Normalizer,
     folded: Sequence[FoldedNorm],
     encoding: Array,
 ) -> Float[Array, "1 R M"]:
-    tokenizer, unifier = nnx.merge(front, params)
+    tokenizer, unifier = front
     patches, valid = _normalized(patches, mask, normalizer)
     positions = tokenizer.embed_positions(jnp.zeros((*patches.shape[:2], 3)), encoding=encoding)
-
     tokens = tokenizer.embed_patches(patches, valid=valid, folded=folded)
     latents, _ = unifier(tokens.transpose(0, 2, 1, 3) + positions[:, None])  # (1, R, Q, E)
     return latents.reshape(1, latents.shape[1], -1)
 
 
 def _forward(
-    static: nnx.GraphDef, params: nnx.State, x: Array, mask: Array, carry: MambaCarry
+    modules: tuple[LayerNorm, MambaBlock], x: Array, mask: Array, carry: MambaCarry
 ) -> tuple[Array, MambaCarry]:
-    block: LuMambaBlock = nnx.merge(static, params)
-    return block.mamba.fwd.advance(block.norm(x), carry, valid=mask)
+    norm, mamba = modules
+    return mamba.advance(norm(x), carry, valid=mask)
 
 
 def _backward(
-    static: nnx.GraphDef, params: nnx.State, x: Array, forward: Array, mask: Array, carry: MambaCarry
+    modules: tuple[LayerNorm, MambaBlock], x: Array, mask: Array, carry: MambaCarry
 ) -> tuple[Array, MambaCarry]:
-    block: LuMambaBlock = nnx.merge(static, params)
-    assert block.mamba.rev is not None
-    out, carry = block.mamba.rev.advance(block.norm(x), carry, valid=mask, reverse=True)
-    return x + join(block.mamba.strategy, forward, out), carry
+    norm, mamba = modules
+    return mamba.advance(norm(x), carry, valid=mask, reverse=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _joined(strategy: Bidirectional, x: Array, out: Array, other: Array | None) -> Array:
+    return x + (out if other is None else join(strategy, out, other))

@@ -24,7 +24,7 @@ MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
     "run_log": set(),
     "sharding": set(),
     "mamba": {"scan", "layers"},
-    "streaming": {"compilation", "lumamba", "mamba", "normalization", "tokens"},
+    "streaming": {"channel_unifier", "compilation", "layers", "lumamba", "mamba", "normalization", "tokens"},
     "evaluation_export": {"compilation", "inference"},
     "attention": {"layers"},
     "tokens": {"layers"},

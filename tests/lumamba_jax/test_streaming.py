@@ -19,9 +19,10 @@ PATCHES = 37
 @pytest.fixture(scope="module")
 def recording():
     rng = np.random.default_rng(0)
-    signal = rng.normal(0, 20, (4, PATCHES * 40)) + np.array([3, -2, 0, 50])[:, None]
+    signal = rng.normal(0, 20, (5, PATCHES * 40)) + np.array([3, -2, 0, 500, 0])[:, None]
     signal[:, 200:800] *= 5  # statistics of a part differ from those of the whole
-    return signal.astype(np.float32), rng.normal(0, 0.1, (4, 3)).astype(np.float32)
+    signal[4] = 7  # a flat channel is zero once normalised
+    return signal.astype(np.float32), rng.normal(0, 0.1, (5, 3)).astype(np.float32)
 
 
 def _loaded(config, folder):
@@ -62,7 +63,7 @@ def test_a_file_is_read_part_by_part(tmp_path, recording):
 def test_what_cannot_run_in_parts_is_refused(tmp_path, recording):
     signal, locations = recording
     luna = LunaConfig(embed_dim=16, num_queries=2, num_blocks=1, head="none")
-    for config in (luna, FembaConfig(num_channels=4, num_samples=640, embed_dim=4, num_blocks=1, head="none")):
+    for config in (luna, FembaConfig(num_channels=5, num_samples=640, embed_dim=4, num_blocks=1, head="none")):
         with pytest.raises(ValueError, match="cannot encode a recording part by part"):
             inference.embed_recording(_loaded(config, tmp_path / config.architecture), signal, locations)
     model = _loaded(MICRO, tmp_path / "m")
