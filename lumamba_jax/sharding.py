@@ -4,7 +4,7 @@ The batch is split over both axes; large 2-D kernels are split on their input ax
 replicated. Declared once here and applied at the `jit` boundary, so that one device and many run the same program.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,9 @@ class MeshConfig:
             raise ValueError(f"mesh: devices {self.devices} must be a positive multiple of fsdp {self.fsdp}")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all hosts. Raises ValueError when there are not enough devices or they do not divide."""
-    available = jax.devices()
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all hosts, or over `devices`. Raises ValueError when they are too few or do not divide."""
+    available = list(jax.devices() if devices is None else devices)
     count = len(available) if config.devices is None else config.devices
     if count > len(available) or count % config.fsdp:
         raise ValueError(f"mesh: {count} devices with fsdp {config.fsdp} asked for, {len(available)} available")
