@@ -105,18 +105,24 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def dropout(x: Float[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "..."]:
     """Inverted dropout drawn from the stream `dropout`; the identity when `rngs` is None (inference)."""
-    if rngs is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(rngs.dropout(), 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+    return x if rngs is None else _drop(x, rate, x.shape, rngs)
 
 
 def drop_path(branch: Float[Array, "B ..."], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "B ..."]:
     """Stochastic depth (arXiv 1603.09382): drop the branch of whole windows; the identity when `rngs` is None."""
-    if rngs is None or rate == 0.0:
-        return branch
-    keep = jax.random.bernoulli(rngs.dropout(), 1.0 - rate, (branch.shape[0],) + (1,) * (branch.ndim - 1))
-    return jnp.where(keep, branch / (1.0 - rate), jnp.zeros_like(branch))
+    return branch if rngs is None else _drop(branch, rate, (branch.shape[0],) + (1,) * (branch.ndim - 1), rngs)
+
+
+def _drop(x: Array, rate: float, shape: tuple[int, ...], rngs: nnx.Rngs) -> Array:
+    """Zeros for a share `rate` of the entries of `shape`, the others scaled so that the mean stays.
+
+    Sixteen random bits decide an entry, half the work of a uniform number: the rate is kept to 1/65536.
+    """
+    dropped = round(rate * 2**16)
+    if dropped == 0:
+        return x
+    keep = jax.random.bits(rngs.dropout(), shape, jnp.uint16) >= dropped
+    return jnp.where(keep, x / (1 - dropped / 2**16), jnp.zeros_like(x))
 
 
 def pairwise_linear(layer: nnx.Linear, x: Float[Array, "... I"], parts: int = 4) -> Float[Array, "... O"]:
