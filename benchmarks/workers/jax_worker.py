@@ -91,7 +91,7 @@ def evaluate(request: dict) -> Prepared:
 def train(request: dict) -> Prepared:
     """One AdamW step of fine-tuning."""
     (rows,) = request["size"]
-    config = classifier(request)
+    config = classifier(request).replace(dropout=0.0, head_dropout=0.0)  # the PyTorch twin has none
     mesh = make_mesh(MeshConfig(devices=len(jax.devices())))
     task = make_task(TaskConfig(kind="classify", normalization="none", position_noise=False), config)
     options = OptimizerConfig(lr=1e-4, schedule="constant", warmup_epochs=0.0)
