@@ -1,9 +1,9 @@
-"""Checkpoints on disk: exported models (`save_pretrained`) and resumable train states (`TrainCheckpoints`), Orbax v1.
+"""Exported models on disk (`save_pretrained`, `load_pretrained`), Orbax v1; train states are `train_checkpoints`.
 
 An exported model is a directory with the parameters under their paths in the module tree and `metadata.json`: the
-architecture, the sizes, where the numbers come from and which versions wrote them. The converter, the trainer, the
-evaluation and `inference.load` share it. A train state additionally carries the optimizer and the step; the step is
-the data position too, because batch `k` is a function of (data, seed, `k`).
+architecture, the sizes, where the numbers come from, which versions wrote them, and the checksums of its files and
+leaves (`manifest.py`), which `load_pretrained` verifies. The converter, the trainer, the evaluation and
+`inference.load` share it.
 """
 
 import contextlib
@@ -11,22 +11,56 @@ import dataclasses
 import importlib.metadata
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from lumamba_jax.agreement import from_all_processes, on_first
 from lumamba_jax.architectures import ARCHITECTURES, ModelConfig, abstract_model, config_from
+from lumamba_jax.manifest import (
+    file_damage,
+    file_records,
+    leaf_damage,
+    leaf_records,
+    leaves_of,
+    named_leaves,
+    require_same_leaves,
+    seal,
+    unseal,
+)
+from lumamba_jax.train_checkpoints import TrainCheckpoints
 
-FORMAT_VERSION = 1
+__all__ = [
+    "BEST_DIRECTORY",
+    "METADATA_FILE",
+    "TrainCheckpoints",
+    "abstract_params",
+    "describe",
+    "is_export",
+    "load_pretrained",
+    "named_leaves",
+    "package_versions",
+    "read_metadata",
+    "require_same_encoder",
+    "save_pretrained",
+]
+
+FORMAT_VERSION = 2
+# Exports of format 1 carry no checksums: they load unverified.
+_WITHOUT_CHECKSUMS = 1
 METADATA_FILE = "metadata.json"
 WEIGHTS_DIRECTORY = "weights"
 BEST_DIRECTORY = "best"
+# What an export that was killed left behind is removed by a later one to the same place, after this long.
+_ABANDONED_S = 3600
 # Fields that may differ between a checkpoint and the model its encoder is loaded into: the head and how to compute.
 _NOT_ENCODER = (
     "head",
@@ -41,12 +75,6 @@ _NOT_ENCODER = (
 )
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """`{"blocks/0/norm/scale": leaf, ...}` of a parameter state or any other tree, in the order of the tree."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in paths}
-
-
 def abstract_params(config: ModelConfig) -> nnx.State:
     """The parameter tree of `config` as `jax.ShapeDtypeStruct`s: nothing is computed or allocated."""
     return abstract_model(config)[1]
@@ -57,22 +85,29 @@ def save_pretrained(
 ) -> Path:
     """Write a model as `directory`, replacing an earlier export there; complete or not at all.
 
+    With several processes all of them must call this (Orbax compares their paths); process 0 writes.
+
     Args:
         directory: the target; its parents are created.
         model_config: sizes, head and numerics of the model.
-        params: `nnx.split(model)[1]` (or the same tree with NumPy leaves).
+        params: `nnx.split(model)[1]` (or the same tree with NumPy leaves), sharded as it may be.
         provenance: what JSON can hold about the origin of the numbers: source file, training run, class names, rate.
 
     Returns: `directory`.
     Raises: ValueError when `params` is not the tree of `model_config`; OSError when the disk refuses.
     """
     directory = Path(directory).absolute()
-    weights = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
-    _require_same_leaves(named_leaves(abstract_params(model_config)), weights, directory)
-    text = json.dumps(describe(model_config, provenance), indent=2, allow_nan=False)
+    leaves = named_leaves(params)
+    require_same_leaves(named_leaves(abstract_params(model_config)), leaves, directory)
+    weights = {name: _on_host(leaf) for name, leaf in leaves.items()}
+    metadata = {**describe(model_config, provenance), "leaves": leaf_records(weights)}
+    seal(metadata)  # a provenance that JSON cannot hold is refused before anything is written
     with _replacing(directory) as temporary:
         ocp.save(str(temporary / WEIGHTS_DIRECTORY), weights)
-        (temporary / METADATA_FILE).write_text(text)
+        with on_first() as first:
+            if first:
+                text = seal({**metadata, "files": file_records(temporary)})
+                (temporary / METADATA_FILE).write_text(text)
     return directory
 
 
@@ -100,6 +135,8 @@ def is_export(directory: str | Path) -> bool:
 def load_pretrained(directory: str | Path) -> tuple[ModelConfig, nnx.State, dict[str, Any]]:
     """Read what `save_pretrained` wrote; the directory of a training run stands for its best model.
 
+    The files are verified before they are read, the leaves after it (exports of earlier versions have no checksums).
+
     Returns: (config, params, metadata); `params` has NumPy leaves in the tree of the model, so that
         `nnx.merge(nnx.split(nnx.eval_shape(...))[0], params)` is the model; `metadata` is the whole JSON file.
     Raises: FileNotFoundError when there is no export; ValueError when it is damaged, of another format or
@@ -108,14 +145,18 @@ def load_pretrained(directory: str | Path) -> tuple[ModelConfig, nnx.State, dict
     directory = _export_in(directory)
     metadata = read_metadata(directory)
     config = _config_from(metadata, directory)
+    _require_intact(directory, file_damage(directory, metadata.get("files", {})))
     try:
-        weights = ocp.load(str(directory / WEIGHTS_DIRECTORY))
+        with _alone():
+            weights = ocp.load(str(directory / WEIGHTS_DIRECTORY))
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{directory}: the weights cannot be read ({first_line}); export the model again") from error
     expected = abstract_params(config)
     names = named_leaves(expected)
-    _require_same_leaves(names, weights, directory)
+    require_same_leaves(names, weights, directory)
+    if metadata["format_version"] != _WITHOUT_CHECKSUMS:
+        _require_intact(directory, leaf_damage(leaves_of(metadata), weights))
     params = jax.tree.unflatten(jax.tree.structure(expected), [np.asarray(weights[name]) for name in names])
     return config, params, metadata
 
@@ -125,10 +166,17 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
     path = _export_in(directory) / METADATA_FILE
     try:
         metadata = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if not isinstance(metadata, dict):
+            raise ValueError("it is not an object")
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); export the model again") from error
-    if metadata.get("format_version") != FORMAT_VERSION:
+    if metadata.get("format_version") not in (FORMAT_VERSION, _WITHOUT_CHECKSUMS):
         raise ValueError(f"{path}: format {metadata.get('format_version')!r}, this version reads {FORMAT_VERSION}")
+    if metadata["format_version"] != _WITHOUT_CHECKSUMS:
+        try:
+            metadata = unseal(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} {error}; take another copy, or export the model again") from error
     if metadata.get("architecture") not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{path}: architecture {metadata.get('architecture')!r} is not one of {known}")
@@ -149,55 +197,6 @@ def require_same_encoder(found: ModelConfig, expected: ModelConfig, source: str 
         raise ValueError(f"{source} holds another architecture: {', '.join(differing)}")
 
 
-class TrainCheckpoints:
-    """The train states of one run: `directory/<step>/`, written completely or not at all, the last `keep` retained."""
-
-    def __init__(self, directory: str | Path, *, keep: int = 1):
-        self._checkpointer = ocp.training.Checkpointer(
-            str(Path(directory).absolute()),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
-            cleanup_tmp_directories=True,
-        )
-
-    @property
-    def latest_step(self) -> int | None:
-        """The newest complete step, None before the first save."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
-
-    def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
-        """Write the array tree `state`, and `progress` (JSON: best value so far, ...), as `step`; blocks until done."""
-        self._checkpointer.save(step, named_leaves(state), custom_metadata=dict(progress), force=True, overwrite=True)
-
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Read a state into the tree, dtypes and shardings of `abstract_state` (the newest one by default).
-
-        Returns: (state, progress).
-        Raises: FileNotFoundError when nothing was saved; ValueError when the saved tree is another one.
-        """
-        step = self.latest_step if step is None else step
-        if step is None:
-            raise FileNotFoundError(f"{self._checkpointer.directory} holds no checkpoint to resume from")
-        expected = named_leaves(abstract_state)
-        source = Path(str(self._checkpointer.directory)) / str(step)
-        stored = ocp.metadata(str(source)).metadata
-        _require_same_leaves(expected, stored.get("state", stored), source)
-        leaves = self._checkpointer.load(step, expected)
-        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in expected])
-        progress: Any = self._checkpointer.metadata(step).custom_metadata or {}
-        return state, dict(progress)
-
-    def close(self) -> None:
-        """Wait for the disk and release the directory."""
-        self._checkpointer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide the numbers."""
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
@@ -206,9 +205,35 @@ def package_versions() -> dict[str, str]:
 def _export_in(directory: str | Path) -> Path:
     directory = Path(directory).absolute()
     for candidate in (directory, directory / BEST_DIRECTORY):
-        if (candidate / METADATA_FILE).is_file():
-            return candidate
+        # A process that is killed while it replaces an export leaves the earlier one under its other name.
+        previous = () if candidate.exists() else sorted(candidate.parent.glob(f".{candidate.name}.previous-*"))
+        for path in (candidate, *previous):
+            if (path / METADATA_FILE).is_file():
+                return path
     raise FileNotFoundError(f"{directory} is not an exported model or a training run: it has no {METADATA_FILE}")
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """The whole array, of which one process of several may hold only a part."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def _alone() -> contextlib.AbstractContextManager[Any]:
+    """Orbax without waiting for other processes: each may read an export for itself."""
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"alone_{own}"
+    )
+    return ocp.Context(multiprocessing_options=options)
+
+
+def _require_intact(directory: Path, damage: str | None) -> None:
+    if damage is not None:
+        raise ValueError(f"{directory} is damaged: {damage}; take another copy, or export the model again")
 
 
 def _config_from(metadata: dict[str, Any], source: Path) -> ModelConfig:
@@ -218,33 +243,37 @@ def _config_from(metadata: dict[str, Any], source: Path) -> ModelConfig:
         raise ValueError(f"{source}: {error}") from error
 
 
-def _require_same_leaves(expected: Mapping[str, Any], found: Mapping[str, Any], source: Path) -> None:
-    problems = [f"missing {name} {tuple(expected[name].shape)}" for name in expected if name not in found]
-    problems += [f"unused {name} {tuple(found[name].shape)}" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected
-        if name in found and tuple(found[name].shape) != tuple(expected[name].shape)
-    ]
-    if problems:
-        raise ValueError(f"{source}: the parameters are those of another architecture: {'; '.join(problems)}")
-
-
 @contextlib.contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
     """A temporary sibling that takes the place of `directory` when the block ends, and vanishes when it fails."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
+    mark = from_all_processes(uuid.uuid4().hex[:8])[0]
     temporary = directory.with_name(f".{directory.name}.writing-{mark}")
-    temporary.mkdir()
+    previous = directory.with_name(f".{directory.name}.previous-{mark}")
+    with on_first() as first:
+        if first:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(directory)
+            temporary.mkdir()
     try:
         yield temporary
-        if directory.exists():
-            previous = directory.with_name(f".{directory.name}.previous-{mark}")
-            directory.replace(previous)
-            temporary.replace(directory)
-            shutil.rmtree(previous)
-        else:
-            temporary.replace(directory)
+        with on_first() as first:
+            if first and directory.exists():
+                directory.replace(previous)
+                temporary.replace(directory)
+                shutil.rmtree(previous, ignore_errors=True)
+            elif first:
+                temporary.replace(directory)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """What killed exports to `directory` left beside it; the last good one is kept while there is no other."""
+    leftovers = list(directory.parent.glob(f".{directory.name}.writing-*"))
+    if directory.exists():
+        leftovers += directory.parent.glob(f".{directory.name}.previous-*")
+    for path in leftovers:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)

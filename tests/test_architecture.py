@@ -11,6 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"scan", "scan_pallas", "layers", "mamba", "attention", "tokens", "channel_unifier", "heads"}
 MODEL = PARTS | {"long_windows", "montage_model", "lumamba", "luna", "femba", "architectures"}
 MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
+    "agreement": set(),
+    "manifest": {"agreement"},
+    "train_checkpoints": {"agreement", "manifest"},
+    "run_lock": {"agreement"},
+    "checkpoint": {"agreement", "architectures", "manifest", "train_checkpoints"},
     "scan": {"scan_pallas"},
     "scan_pallas": set(),
     "accelerators": set(),

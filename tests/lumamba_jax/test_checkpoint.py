@@ -12,6 +12,7 @@ from flax import nnx
 
 from lumamba_jax import checkpoint
 from lumamba_jax.lumamba import LuMamba, LuMambaConfig
+from lumamba_jax.manifest import seal
 
 MICRO = LuMambaConfig(embed_dim=16, num_queries=2, num_heads=2, num_blocks=1, d_state=4, head="linear", num_outputs=3)
 
@@ -95,9 +96,10 @@ def test_damaged_exports_say_what_is_wrong(tmp_path, damage):
         metadata.update(
             {"format_version": 99} if damage == "format" else {"config": {**metadata["config"], "depth": 3}}
         )
-        (path / "metadata.json").write_text(json.dumps(metadata))
+        del metadata["sha256"]
+        (path / "metadata.json").write_text(seal(metadata))
     with pytest.raises(
-        ValueError, match={"json": "JSON", "format": "99", "weights": "read", "config": "depth"}[damage]
+        ValueError, match={"json": "JSON", "format": "99", "weights": "missing", "config": "depth"}[damage]
     ):
         checkpoint.load_pretrained(path)
 
