@@ -61,10 +61,10 @@ def _row_of_summary(model: str, p: dict) -> list[str]:
         f"{step['memory_bytes'] / 2**30:.2f} of {p['hbm_bytes'] / 2**30:.0f}",
         f"{p['model_flops_per_chip'] / 1e12:.2f}",
         f"{step['hbm_bytes'] / 1e9:.1f}",
-        " / ".join(f"{seconds[name] * 1e3:.1f}" for name in ("compute", "memory", "send", "step")),
+        " / ".join(f"{seconds[name] * 1e3:.1f}" for name in ("compute", "memory", "program", "send", "step")),
         f"{p['windows_per_second']:,.0f}",
         f"{p['mfu']:.1%}",
-        f"{p['days']:.2f}",
+        f"{24 * p['days']:.2f}",
         f"{list(p['weak_scaling'].values())[-1]:.1%}",
         f"{step['compile_seconds']:.0f}",
     ]
@@ -81,7 +81,8 @@ def _row_of_collectives(model: str, p: dict) -> list[str]:
 
 SUMMARY = (
     "model and slice | batch (per chip) | HBM GiB per chip | model TFLOP | HBM GB | "
-    "compute / memory / send / step, ms | windows/s | MFU | days | weak scaling, 256 chips | compiled in, s",
+    "compute / memory / program / send / step, ms | windows/s | MFU | run, hours | weak scaling, 256 chips | "
+    "compiled in, s",
     _row_of_summary,
 )
 COLLECTIVES = ("model and slice | collectives of one step, bytes per chip", _row_of_collectives)

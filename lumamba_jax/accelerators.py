@@ -29,6 +29,7 @@ class Accelerator:
         links: to neighbours (TPU), or 1 to the switch (GPU).
         link_bandwidth: bytes/s of one link in one direction.
         wraps_at: a side of a slice is closed to a ring when it is a multiple of this (TPU).
+        clock: Hz; None where it is not needed (GPU).
     """
 
     name: str
@@ -40,21 +41,23 @@ class Accelerator:
     links: int
     link_bandwidth: float
     wraps_at: int = 1
+    clock: float | None = None
 
 
 # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables of key specifications, read in 2026. The interconnect is
 # given there per chip and in both directions together (v5e 400 GB/s, v5p 1200, v6e 800), here per link (4, 6, 4 of
 # them) and direction. v4: six links of 50 GB/s (Jouppi et al., arXiv 2304.01433, table 4). Sides of 16 close in v5e and
-# v6e, multiples of 4 in v4 and v5p (scaling-book, as above).
+# v6e, multiples of 4 in v4 and v5p (scaling-book, as above). The clock follows from the peak and the matrix units,
+# which multiply 128 x 128 numbers in a cycle: 8 units in a chip of v4 and v5p, 4 in v5e; 4 of 256 x 256 in v6e.
 # GPU: the data sheets of the SXM modules, without sparsity: nvidia.com/en-us/data-center/{a100,h100,h200}. NVLink's 600
 # and 900 GB/s are both directions together.
 ACCELERATORS: Mapping[str, Accelerator] = {
     chip.name: chip
     for chip in (
-        Accelerator("v4", "tpu", 275e12, 275e12, 32 * GIB, 1200e9, 6, 50e9, wraps_at=4),
-        Accelerator("v5e", "tpu", 197e12, 197e12, 16 * GIB, 819e9, 4, 50e9, wraps_at=16),
-        Accelerator("v5p", "tpu", 459e12, 459e12, 95 * GIB, 2765e9, 6, 100e9, wraps_at=4),
-        Accelerator("v6e", "tpu", 918e12, 918e12, 32 * GIB, 1600e9, 4, 100e9, wraps_at=16),
+        Accelerator("v4", "tpu", 275e12, 275e12, 32 * GIB, 1200e9, 6, 50e9, wraps_at=4, clock=1.05e9),
+        Accelerator("v5e", "tpu", 197e12, 197e12, 16 * GIB, 819e9, 4, 50e9, wraps_at=16, clock=1.5e9),
+        Accelerator("v5p", "tpu", 459e12, 459e12, 95 * GIB, 2765e9, 6, 100e9, wraps_at=4, clock=1.75e9),
+        Accelerator("v6e", "tpu", 918e12, 918e12, 32 * GIB, 1600e9, 4, 100e9, wraps_at=16, clock=1.75e9),
         Accelerator("a100", "gpu", 312e12, 156e12, 80e9, 2039e9, 1, 300e9),
         Accelerator("h100", "gpu", 989e12, 494e12, 80e9, 3350e9, 1, 450e9),
         Accelerator("h200", "gpu", 989e12, 494e12, 141e9, 4800e9, 1, 450e9),

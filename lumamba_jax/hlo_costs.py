@@ -1,15 +1,14 @@
 """What a compiled program sends between chips and moves through memory, read from its text.
 
 XLA's own cost analysis counts the body of a loop once. Here every computation has a number of runs: those of its
-caller, times the trip count where it is the body of a `while` (which the compiler writes beside the loop; a loop
-without one counts once, and is named).
+caller, times the trip count where it is the body of a `while`. The compiler writes that beside the loop, or the loop's
+condition compares a counter, taken to begin at 0, with a constant; any other loop counts once, and is named.
 """
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,13 +94,25 @@ def _runs(computations: dict[str, list[Instruction]], entry: str) -> tuple[dict[
         for instruction in computations[name]:
             trips = 1
             if instruction.operation == "while":
-                known = _TRIPS.search(instruction.rest)
-                trips = int(known[1]) if known else 1
-                if not known:
+                known = _trip_count(instruction, computations)
+                trips = known or 1
+                if known is None:
                     unknown.append(instruction.name)
             for callee in called(instruction):
                 runs[callee] += runs[name] * trips
     return dict(runs), unknown
+
+
+def _trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int | None:
+    if known := _TRIPS.search(loop.rest):
+        return int(known[1])
+    name = re.search(r"\bcondition=%?([\w.\-]+)", loop.rest)
+    condition = computations.get(name[1], []) if name else []
+    constants = {i.name: int(i.rest.split(")", 1)[0]) for i in condition if re.match(r"-?\d+\)", i.rest)}
+    if condition and condition[-1].operation == "compare" and "direction=LT" in condition[-1].rest:
+        limits = [constants[operand] for operand in _operands(condition[-1])[1:] if operand in constants]
+        return limits[0] if limits else None
+    return None
 
 
 def called(instruction: Instruction) -> list[str]:
@@ -141,11 +152,17 @@ def collectives(program: Program) -> list[Collective]:
 
 
 def _operands(instruction: Instruction) -> list[str]:
-    return re.findall(r"%([\w.\-]+)", instruction.rest.split(")", 1)[0])
+    return re.findall(r"%([\w.\-]+)", instruction.rest.split("), ", 1)[0])
 
 
 def _group_size(rest: str, chips: int) -> int:
-    """Of `replica_groups={{0,1},{2,3}}`, `replica_groups=[2,4]<=[8]` or of a permutation; all chips when empty."""
+    """Of `replica_groups={{0,1},{2,3}}`, `=[2,4]<=[8]` or `=mesh['a'=2,'b'=4] {'b'}`, or of a permutation.
+
+    All chips when the list is empty.
+    """
+    if found := re.search(r"replica_groups=(?:@)?mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
@@ -161,42 +178,68 @@ _MOVES_NOTHING = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota",
     "after-all", "partition-id", "replica-id", "opt-barrier",
 }  # fmt: skip
+_CONTROL = ("while", "conditional", "call")
+_LAID_OUT = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?([^}]*)\})?")
 
 
-def repetition(program: Program) -> float:
-    """Memory traffic of the program over what it would be if every loop ran once: to correct XLA's count.
+def hbm_bytes(program: Program) -> int:
+    """Bytes that a TPU program reads from and writes to HBM, as its instructions say.
 
-    Traffic: operands and results of all instructions outside fusions, whole arrays. What a loop reads from or writes to
-    in slices (an array as large as all its rounds) therefore counts too much; it is one part in several.
+    Operands and results of every instruction outside fusions that lie in HBM (the memory space without a number), in
+    their tiled layout, as often as they run. What the compiler copies ahead between HBM and the chip's own memory
+    counts once, where the copy is done. An array of which only a slice is used counts whole.
     """
-    fused = {
-        callee for i in _all(program) if i.operation not in ("while", "conditional", "call") for callee in called(i)
-    }
-    once = repeated = 0
-    for name, instructions in program.computations.items():
-        if name in fused or not program.runs.get(name):
-            continue
+    total = 0
+    for name, instructions in _unfused(program).items():
         types = {i.name: i.result for i in instructions}
-        own = sum(_traffic(i, types) for i in instructions)
-        once, repeated = once + own, repeated + own * program.runs[name]
-    return repeated / once if once else 1.0
+        total += program.runs[name] * sum(_traffic(i, types) for i in instructions)
+    return total
 
 
-def _all(program: Program) -> Iterator[Instruction]:
-    for instructions in program.computations.values():
-        yield from instructions
+def estimated_cycles(program: Program) -> int:
+    """Cycles of the chip that the TPU compiler expects for its own instructions; a custom kernel has no such figure."""
+    total = 0
+    for name, instructions in _unfused(program).items():
+        found = (re.search(r'"estimated_cycles":"(\d+)"', i.rest) for i in instructions)
+        total += program.runs[name] * sum(int(cycles[1]) for cycles in found if cycles)
+    return total
+
+
+def _unfused(program: Program) -> dict[str, list[Instruction]]:
+    """The computations that run as such: the entry, and bodies and branches of control flow."""
+    fused = {
+        callee
+        for instructions in program.computations.values()
+        for instruction in instructions
+        if instruction.operation not in _CONTROL
+        for callee in called(instruction)
+    }
+    return {n: i for n, i in program.computations.items() if n not in fused and program.runs.get(n)}
 
 
 def _traffic(instruction: Instruction, types: Mapping[str, str]) -> int:
-    if instruction.operation in _MOVES_NOTHING or instruction.operation.endswith("-done"):
+    operation = instruction.operation
+    if operation in _MOVES_NOTHING or operation.endswith("-start") or '"ConcatBitcast"' in instruction.rest:
         return 0
-    result = array_bytes(instruction.result)
-    if "dynamic" in instruction.name and "slice" in instruction.name:  # only the slice moves
-        sizes = [array_bytes(types.get(o, "")) for o in _operands(instruction)]
-        return 2 * min([result, *(n for n in sizes if n > 64)])
-    return result + sum(array_bytes(types.get(operand, "")) for operand in _operands(instruction))
+    if operation.endswith("-done"):  # one side of the copy is in HBM
+        return _hbm_array_bytes(re.sub(r"S\(\d+\)", "", instruction.result))
+    read = sum(_hbm_array_bytes(types.get(operand, "")) for operand in _operands(instruction))
+    return read + _hbm_array_bytes(instruction.result)
 
 
-def to_json(found: list[Collective]) -> list[dict]:
-    """Plain values."""
-    return json.loads(json.dumps([vars(c) for c in found]))
+def _hbm_array_bytes(shape: str) -> int:
+    total = 0
+    for kind, sizes, order, tile, rest in _LAID_OUT.findall(shape):
+        if kind in ITEM_BITS and "S(" not in rest:
+            dims = [int(n) for n in sizes.split(",") if n]
+            minor_first = [dims[int(i)] for i in order.split(",") if i] or dims[::-1]
+            total += ITEM_BITS[kind] * _padded(minor_first, [int(n) for n in tile.split(",") if n]) // 8
+    return total
+
+
+def _padded(minor_first: list[int], tile: list[int]) -> int:
+    """Elements with the most minor axes rounded up to whole tiles."""
+    for i, side in enumerate(reversed(tile)):
+        if i < len(minor_first):
+            minor_first[i] = -(-minor_first[i] // side) * side
+    return math.prod(minor_first)

@@ -12,11 +12,13 @@ The estimate of the step, all parts of it printed (`Estimate`):
 
     compute  = executed FLOPs / (peak of the chip for the compute dtype x assumed efficiency)
     memory   = HBM bytes / HBM bandwidth
+    program  = cycles that the TPU compiler expects for its own instructions / clock        (our kernels have none)
     send     = sum over collectives of bytes sent / bandwidth of the chip's links, plus hops x latency
-    step     = max(compute, memory) + send            (nothing overlaps: the pessimist's sum)
+    step     = max(compute, memory, program) + send            (sending overlaps with nothing: the pessimist's sum)
 
 FLOPs are those of the model (`flops.forward_flops`), times 3 for forward and backward, because XLA counts what is
-inside kernels and loops only partly. Work of the vector unit (the scan's exponentials, norms) is not in it.
+inside kernels and loops only partly. Weak scaling is seen against max(compute, memory) alone, the shortest step there
+could be: whatever makes the step longer makes sending a smaller part of it.
 """
 
 import argparse
@@ -98,9 +100,11 @@ class CompiledStep:
     """What the compiler says of one step, per chip.
 
     Attributes:
-        argument_bytes, output_bytes, aliased_bytes, temporary_bytes: memory; aliased outputs lie in their arguments.
-        xla_flops: operations by XLA's count, loops repeated as often as they run (kernels as they state themselves).
-        hbm_bytes: memory traffic by XLA's count, loops repeated.
+        argument_bytes, output_bytes, aliased_bytes, temporary_bytes, code_bytes: memory; aliased outputs lie in their
+            arguments.
+        xla_flops: operations by XLA's count: loops once, kernels as they state themselves.
+        hbm_bytes: memory traffic (`hlo_costs.hbm_bytes`; of a simulated GPU XLA's "bytes accessed").
+        program_cycles: `hlo_costs.estimated_cycles`; 0 where the compiler says nothing.
         collectives: of one step.
         unknown_loops: loops that are counted once for want of a trip count.
         compile_seconds: on this machine.
@@ -110,8 +114,10 @@ class CompiledStep:
     output_bytes: int
     aliased_bytes: int
     temporary_bytes: int
+    code_bytes: int
     xla_flops: float
     hbm_bytes: float
+    program_cycles: int
     collectives: list[Collective]
     unknown_loops: list[str]
     compile_seconds: float
@@ -119,7 +125,7 @@ class CompiledStep:
     @property
     def memory_bytes(self) -> int:
         """All that lies in a chip's memory during the step."""
-        return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes
+        return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes + self.code_bytes
 
 
 def compile_step(config: ExperimentConfig, topology: Topology, window: Window) -> CompiledStep:
@@ -134,7 +140,7 @@ def compile_step(config: ExperimentConfig, topology: Topology, window: Window) -
     if rows % mesh.size:
         raise ValueError(f"loader.batch_size {rows} does not divide over {mesh.size} chips: choose a multiple of it")
     micro_batch = config.trainer.micro_batch or rows // mesh.size  # a simulated GPU takes all windows at once, too
-    blocks_per_device(rows, micro_batch, mesh)
+    blocks = blocks_per_device(rows, micro_batch, mesh)
     optimizer = _optimizer(config, window)
     step = make_train_step(
         config.model,
@@ -153,19 +159,22 @@ def compile_step(config: ExperimentConfig, topology: Topology, window: Window) -
         if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
             raise DoesNotFitError(str(error)) from error
         raise
-    return _read(compiled, time.perf_counter() - started)
+    return _read(compiled, topology, blocks, time.perf_counter() - started)
 
 
-def _read(compiled: Any, seconds: float) -> CompiledStep:
+def _read(compiled: Any, topology: Topology, blocks: int, seconds: float) -> CompiledStep:
     program = hlo_costs.parse_program(compiled.as_text())
-    memory, cost, repeats = compiled.memory_analysis(), compiled.cost_analysis(), hlo_costs.repetition(program)
+    memory, cost, on_tpu = compiled.memory_analysis(), compiled.cost_analysis(), topology.chip.kind == "tpu"
     return CompiledStep(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        cost.get("flops", 0.0) * repeats,
-        cost.get("bytes accessed", 0.0) * repeats,
+        memory.generated_code_size_in_bytes if on_tpu else 0,
+        cost.get("flops", 0.0),
+        # A CPU program's loops over the steps of the scan, which a GPU has not, hold whole arrays in every round.
+        hlo_costs.hbm_bytes(program) if on_tpu else cost.get("bytes accessed", 0.0) * blocks,
+        hlo_costs.estimated_cycles(program),
         hlo_costs.collectives(program),
         program.unknown_loops,
         seconds,
@@ -265,17 +274,18 @@ class Estimate:
 
     compute: float
     memory: float
+    program: float
     send: float
 
     @property
-    def step(self) -> float:
-        """Nothing overlaps but compute and memory."""
-        return self.alone + self.send
+    def roofline(self) -> float:
+        """The shortest step of a chip that waits for nobody."""
+        return max(self.compute, self.memory)
 
     @property
-    def alone(self) -> float:
-        """The step of a chip that waits for nobody."""
-        return max(self.compute, self.memory)
+    def step(self) -> float:
+        """Sending overlaps with nothing."""
+        return max(self.roofline, self.program) + self.send
 
 
 @dataclass(frozen=True)
@@ -316,7 +326,8 @@ class Plan:
         flops = self.rows_per_chip * executed_flops(self.config, self.window, self.chips)
         send = _seconds_of(self.step.collectives, self.topology)
         chip = self.topology.chip
-        return Estimate(flops / (self.peak_flops * self.efficiency), self.step.hbm_bytes / chip.hbm_bandwidth, send)
+        compute, memory = flops / (self.peak_flops * self.efficiency), self.step.hbm_bytes / chip.hbm_bandwidth
+        return Estimate(compute, memory, self.step.program_cycles / chip.clock if chip.clock else 0.0, send)
 
     @property
     def windows_per_second(self) -> float:
@@ -344,7 +355,8 @@ class Plan:
         for shape in WEAK_SCALING_SHAPES[len(self.topology.shape)]:
             slice_ = Topology(self.topology.chip, shape)
             collectives = [_on(c, slice_, self.chips) for c in self.step.collectives]
-            found.append((slice_, self.estimate.alone / (self.estimate.alone + _seconds_of(collectives, slice_))))
+            alone = self.estimate.roofline
+            found.append((slice_, alone / (alone + _seconds_of(collectives, slice_))))
         return found
 
 
@@ -417,8 +429,9 @@ def report(plan: Plan) -> str:
         f"{plan.rows_per_chip} per chip{micro}",
         f"memory     {_gib(step.memory_bytes)} of {_gib(chip.hbm_bytes)} per chip: state and batch "
         f"{_gib(step.argument_bytes)}, temporaries {_gib(step.temporary_bytes)}, outputs "
-        f"{_gib(step.output_bytes - step.aliased_bytes)}",
-        f"work       {flops / 1e12:.3f} TFLOP of the model per chip and step; XLA counts {step.xla_flops / 1e12:.3f}",
+        f"{_gib(step.output_bytes - step.aliased_bytes)}, program {_gib(step.code_bytes)}",
+        f"work       {flops / 1e12:.3f} TFLOP of the model per chip and step; XLA counts {step.xla_flops / 1e12:.3f}, "
+        "loops once",
         f"traffic    {step.hbm_bytes / 1e9:.2f} GB of HBM per chip and step",
     ]
     if step.unknown_loops:
@@ -428,11 +441,12 @@ def report(plan: Plan) -> str:
     lines += [f"           {c.count:4d} x {c.kind} of {_size(c.size)} over {c.group} chips" for c in step.collectives]
     lines += [
         f"estimate   compute {_ms(estimate.compute)} (at {plan.efficiency:.0%} of {_tera(plan.peak_flops)}FLOP/s), "
-        f"memory {_ms(estimate.memory)} (at {chip.hbm_bandwidth / 1e9:.0f} GB/s), send {_ms(estimate.send)} (at "
-        f"{plan.topology.bandwidth / 1e9:.0f} GB/s)",
-        f"step       {_ms(estimate.step)} = max(compute, memory) + send: {plan.windows_per_second:,.0f} windows/s, "
-        f"MFU {plan.mfu:.1%}",
-        f"run        {plan.days:.2f} days for {plan.hours:,.0f} h x {config.trainer.epochs} epochs "
+        f"memory {_ms(estimate.memory)} (at {chip.hbm_bandwidth / 1e9:.0f} GB/s),",
+        f"           program {_ms(estimate.program)} (the compiler's cycles, kernels left out), send "
+        f"{_ms(estimate.send)} (at {plan.topology.bandwidth / 1e9:.0f} GB/s)",
+        f"step       {_ms(estimate.step)} = max(compute, memory, program) + send: {plan.windows_per_second:,.0f} "
+        f"windows/s, MFU {plan.mfu:.1%}",
+        f"run        {_duration(plan.days)} for {plan.hours:,.0f} h x {config.trainer.epochs} epochs "
         f"({config.trainer.epochs * plan.hours * 3600 / plan.window.seconds / config.loader.batch_size:,.0f} steps)",
     ]
     return "\n".join(lines)
@@ -484,6 +498,10 @@ def _gib(count: float) -> str:
 
 def _size(count: float) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count:.0f} bytes"
+
+
+def _duration(days: float) -> str:
+    return f"{days:.2f} days" if days >= 1 else f"{days * 24:.2f} hours"
 
 
 def _tera(count: float) -> str:
