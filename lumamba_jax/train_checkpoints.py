@@ -16,6 +16,7 @@ All hosts must see the same directory (a network file system). With several proc
 
 import argparse
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -83,6 +84,7 @@ class TrainCheckpoints:
         self._keep, self._keep_every, self._say = keep, keep_every, say
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
+        logging.getLogger("absl").addFilter(_raised_anyway)
         with on_first() as first:
             if first:
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -183,7 +185,7 @@ class TrainCheckpoints:
         try:
             self.wait()
         finally:
-            self._writer.shutdown()
+            self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -199,7 +201,11 @@ class TrainCheckpoints:
                 if (failure := future.exception()) is not None:
                     self._say(self._why(step, failure))
         finally:
-            self._writer.shutdown()
+            self._release()
+
+    def _release(self) -> None:
+        self._writer.shutdown()
+        logging.getLogger("absl").removeFilter(_raised_anyway)
 
     def _finish(self, step: int, content: dict[str, Any], response: ocp.AsyncResponse[None]) -> None:
         """In the background: wait for Orbax (all processes), then commit and apply the retention on process 0."""
@@ -341,6 +347,11 @@ def _require_same_tree(expected: Mapping[str, Any], found: Mapping[str, Leaf], p
 def _with_sharding(leaf: Any) -> Any:
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _raised_anyway(record: logging.LogRecord) -> bool:
+    """Logging filter: not the tracebacks that Orbax's threads print of errors that `wait` raises as one sentence."""
+    return "_SignalingThread" not in record.getMessage()
 
 
 def _tidy(directory: Path) -> None:

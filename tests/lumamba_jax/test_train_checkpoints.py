@@ -194,7 +194,7 @@ with TrainCheckpoints(sys.argv[1], keep=3) as saved:
 
 def test_a_full_disk_costs_the_step_and_nothing_else(tmp_path):
     done = run_python(FULL_DISK, tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
         f"{tmp_path / '2'} could not be saved: a file would be larger than allowed; "
         "earlier ones are untouched, the newest is 1\n"
