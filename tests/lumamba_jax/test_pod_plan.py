@@ -241,11 +241,19 @@ class TestPlan:
         assert plan.days == pytest.approx(windows / (256 * 64 / plan.estimate.step) / 86400)
 
     def test_weak_scaling_is_whole_for_one_chip_and_the_plans_own_for_its_slice(self):
-        efficiencies = [efficiency for _, efficiency in made_plan().weak_scaling()]
-        assert efficiencies[0] == 1
-        assert max(efficiencies[1:]) < 1
+        plan = made_plan(step=dataclasses.replace(made_plan().step, program_cycles=60_000_000))
+        first, *others = plan.weak_scaling()
+        assert (first.least, first.expected) == (1, 1)
+        assert max(s.expected for s in others) < 1
+        assert all(s.least < s.expected for s in others)
+        assert others[-1].expected == pytest.approx(plan.estimate.alone / plan.estimate.step)
+
+    def test_so_many_windows_per_chip_scale_as_wanted(self):
         plan = made_plan()
-        assert efficiencies[-1] == pytest.approx(plan.estimate.roofline / plan.estimate.step)
+        last = plan.weak_scaling()[-1]
+        for rows, reached in ((last.rows_wanted, True), (last.rows_wanted - 1, False)):
+            work = plan.estimate.roofline * rows / plan.rows_per_chip
+            assert (work / (work + plan.estimate.send) >= pod_plan.WANTED) == reached
 
     def test_what_is_gathered_grows_with_the_chips(self):
         slice_ = Topology(ACCELERATORS["v5e"], (4, 4))
