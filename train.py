@@ -5,6 +5,8 @@ A run is its directory: `config.yaml` (itself a preset), `split.json`, `metrics.
 resume), `best` (the exported model of the lowest validation loss), `results.json`, `predictions_*.npz`.
 """
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from configs.data import Windows, open_windows, resolve
 from configs.results import SHOWN, baseline_predictions, kind_of, predictions_of, print_table, save_predictions, score
 from configs.schema import differences
 from data_pipeline.loader import Batches
+from lumamba_jax.agreement import on_first
 from lumamba_jax.checkpoint import (
     BEST_DIRECTORY,
     TrainCheckpoints,
@@ -28,11 +31,14 @@ from lumamba_jax.checkpoint import (
     save_pretrained,
 )
 from lumamba_jax.compilation import enable_compilation_cache
+from lumamba_jax.hosts import HostsConfig, any_process, code_version, connect, is_first, require_agreement, wait_for_all
 from lumamba_jax.micro_batches import blocks_per_device
 from lumamba_jax.optimizer import make_optimizer, make_schedule
+from lumamba_jax.run_lock import RunLock
 from lumamba_jax.run_log import RunLog, StopRequest, write_json
 from lumamba_jax.sharding import make_mesh, to_global
 from lumamba_jax.tasks import make_task
+from lumamba_jax.train_checkpoints import steps_in
 from lumamba_jax.training import (
     Progress,
     TrainState,
@@ -49,7 +55,16 @@ from lumamba_jax.training import (
 
 # Fields that may differ between a run and its continuation: they change nothing that is computed.
 MAY_CHANGE = ("trainer.resume", "trainer.stop_after", "trainer.run_dir", "trainer.log_every", "trainer.baseline")
-MAY_CHANGE += ("trainer.keep_checkpoints", "mesh.devices", "mesh.fsdp", "loader.reader_threads", "loader.prefetch")
+MAY_CHANGE += (
+    "trainer.keep_checkpoints",
+    "trainer.keep_every",
+    "mesh.devices",
+    "mesh.fsdp",
+    "loader.reader_threads",
+    "loader.prefetch",
+)
+MAY_CHANGE += tuple(f"hosts.{field.name}" for field in dataclasses.fields(HostsConfig))
+STOPPED = 75  # exit status of a run that was asked to stop and is saved: start it again
 
 
 class Run:
@@ -95,7 +110,9 @@ class Run:
         seed = self.config.trainer.seed
         return init_state(self.config.model, self.optimizer, self.mesh, seed=seed, pretrained=loaded), Progress()
 
-    def train(self, checkpoints: TrainCheckpoints, state: TrainState, progress: Progress) -> tuple[bool, str]:
+    def train(
+        self, checkpoints: TrainCheckpoints, lock: RunLock, state: TrainState, progress: Progress
+    ) -> tuple[bool, str]:
         """Run the loop; returns (finished, why it ended)."""
         trainer = self.config.trainer
         start = int(state.step)
@@ -110,7 +127,8 @@ class Run:
             micro_batch=trainer.micro_batch,
         )
         pending: dict[int, dict[str, jax.Array]] = {}
-        with RunLog(self.directory, total_steps=self.total_steps, start_step=start) as log, StopRequest() as stop:
+        settings = {"total_steps": self.total_steps, "start_step": start, "silent": not is_first()}
+        with RunLog(self.directory, **settings) as log, StopRequest() as stop:
             if start >= self.total_steps or self._out_of_patience(progress):
                 return True, "this run was already finished"
             for step, host_batch in enumerate(self.train_batches.iterate(start, stop_at), start + 1):
@@ -119,9 +137,16 @@ class Run:
                     state, pending[step] = train_step(state, batch)
                 log.advance(step)
                 validates = step % self.validate_every == 0 or step == self.total_steps
-                leaves = step == stop_at or stop.requested
-                if step % trainer.log_every == 0 or validates or leaves:
+                logs = step % trainer.log_every == 0 or validates or step == stop_at
+                # A signal reaches one host: all leave at the same step, and ask each other where they meet anyway.
+                asked = stop.requested if jax.process_count() == 1 else logs and any_process(flag=stop.requested)
+                leaves = step == stop_at or asked
+                if logs or leaves:
                     self._record(log, pending, step)
+                if validates or leaves:
+                    with on_first() as first:
+                        if first:
+                            lock.check()
                 if validates:
                     self._validate(log, state, progress, step)
                 finished = step == self.total_steps or self._out_of_patience(progress)
@@ -190,7 +215,7 @@ class Run:
         for part, batches in self.evaluation_batches.items():
             evaluation = evaluate(self.eval_step, params, batches, self.mesh)
             results[part] = self.task.summarize(evaluation.outputs, evaluation.label)
-            if self.windows.labels is not None:
+            if self.windows.labels is not None and is_first():
                 predictions = predictions_of(evaluation, self.windows)
                 path = self.directory / f"predictions_{part}.npz"
                 save_predictions(path, predictions, self.windows.class_names)
@@ -203,7 +228,7 @@ class Run:
 def warm_start(config: ExperimentConfig) -> WarmStart | None:
     """Read the encoder of `trainer.init_from`; prints what is loaded, new and unused."""
     source = config.trainer.init_from
-    if not source or any((Path(config.trainer.run_dir) / "checkpoints").glob("[0-9]*")):  # a resume has its own state
+    if not source or steps_in(Path(config.trainer.run_dir) / "checkpoints"):  # a resume has its own state
         return None
     found, params, _ = load_pretrained(source)
     require_same_encoder(found, config.model, source)
@@ -233,30 +258,54 @@ def open_directory(config: ExperimentConfig, windows: Windows) -> None:
     configs.write_yaml(config, saved)
 
 
-def run(config: ExperimentConfig) -> None:
-    """One training session from configuration to results."""
+def facts(config: ExperimentConfig, windows: Windows) -> dict[str, str]:
+    """What all processes of a run must have in common."""
+    settings = configs.to_mapping(config) | {"hosts": None}
+    here = Path(__file__).resolve().parent
+    return {
+        "configuration": json.dumps(settings, sort_keys=True),
+        "code": code_version(here / "lumamba_jax", here / "data_pipeline", here / "configs", here / "train.py"),
+        "packages": json.dumps(package_versions(), sort_keys=True),
+        "data": f"{windows.digest} {windows.split.digest}",
+    }
+
+
+def run(config: ExperimentConfig) -> bool:
+    """One training session from configuration to results; whether the run is finished."""
     windows = open_windows(config.data, labelled=config.task.kind != "pretrain")
-    session = Run(config := resolve(config, windows), windows)
+    config = resolve(config, windows)
+    require_agreement(facts(config, windows))
+    session = Run(config, windows)
     warm = warm_start(config)
-    open_directory(config, windows)
-    with TrainCheckpoints(session.directory / "checkpoints", keep=config.trainer.keep_checkpoints) as checkpoints:
-        finished, ending = session.train(checkpoints, *session.start(checkpoints, warm))
-    print(f"{session.directory}: {ending}")
-    if finished:
-        results = session.score_best()
-        write_json(results, session.directory / "results.json")
-        print_table(results, title=f"{session.directory}: best model, windows")
+    with RunLock(session.directory) as lock:
+        with on_first() as first:
+            if first:
+                open_directory(config, windows)
+        retention = {"keep": config.trainer.keep_checkpoints, "keep_every": config.trainer.keep_every}
+        with TrainCheckpoints(session.directory / "checkpoints", **retention) as checkpoints:
+            finished, ending = session.train(checkpoints, lock, *session.start(checkpoints, warm))
+        if is_first():
+            print(f"{session.directory}: {ending}")
+        if finished:
+            wait_for_all("the best model is written")
+            results = session.score_best()
+            if is_first():
+                write_json(results, session.directory / "results.json")
+                print_table(results, title=f"{session.directory}: best model, windows")
+    return finished or config.trainer.stop_after is not None
 
 
 def main() -> int:
-    """Exit status 0, 2 for bad input (one sentence), 1 for a diverged run."""
+    """Exit status 0, 2 for bad input (one sentence), 1 for a diverged run, 75 for one stopped by a signal and saved."""
     enable_compilation_cache()
     try:
-        run(configs.cli(sys.argv[1:], "train.py"))
+        config = configs.cli(sys.argv[1:], "train.py")
+        connect(config.hosts)
+        ended = run(config)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
-    return 0
+    return 0 if ended else STOPPED
 
 
 if __name__ == "__main__":

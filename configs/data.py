@@ -1,6 +1,8 @@
 """The windows of an experiment: which stores are opened, who trains, validates and tests, and with which labels."""
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -60,6 +62,19 @@ class Windows:
             raise ValueError(f"there are no {part} windows: give more subjects, a {part} store or a larger fraction")
         rows = self._by_store(self.parts[part])
         return make_dataset(list(self.stores), rows, config, host_index=host_index, host_count=host_count)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What the windows are, without reading a signal: sizes of files, subjects, recordings, places, labels."""
+        found = hashlib.sha256()
+        for store in self.stores:
+            found.update(f"{store.path.stat().st_size} {store.sfreq} {store.n_times}".encode())
+            for name in ("subjects", "recordings", "montage_names"):
+                found.update("\n".join(getattr(store, name)).encode())
+            found.update(np.ascontiguousarray(store.start_samples).tobytes())
+            if store.labels is not None:
+                found.update(np.ascontiguousarray(store.labels).tobytes())
+        return found.hexdigest()[:16]
 
     def pairs(self, part: str) -> list[tuple[WindowStore, np.ndarray]]:
         """(store, rows in it) of one part, in the order of the numbering; stores without such windows are left out."""

@@ -19,6 +19,7 @@ import yaml
 from data_pipeline.loader import LoaderConfig
 from lumamba_jax.architectures import ARCHITECTURES, ModelConfig
 from lumamba_jax.femba import FembaConfig
+from lumamba_jax.hosts import HostsConfig
 from lumamba_jax.lumamba import LuMambaConfig
 from lumamba_jax.optimizer import OptimizerConfig
 from lumamba_jax.sharding import MeshConfig
@@ -81,7 +82,9 @@ class TrainerConfig:
         log_every: steps between lines of metrics.
         validate_every: steps between validations, checkpoints included; None = once per epoch.
         patience: stop after this many validations without a better validation loss; None = never.
-        keep_checkpoints: how many train states are retained; the best model is always kept in `best`.
+        keep_checkpoints: how many train states are retained, 2 or more to fall back on when one is damaged; the best
+            model is always kept in `best`.
+        keep_every: train states of steps that are a multiple of it are retained as well.
         stop_after: end this session after so many steps, saved and ready to be resumed; None = at the end.
         init_from: exported model (converted, or `best` of a run, or the run itself) whose encoder is loaded.
         resume: continue the run in `run_dir` where it stopped (or start it, when it never was).
@@ -97,7 +100,8 @@ class TrainerConfig:
     log_every: int = 10
     validate_every: int | None = None
     patience: int | None = None
-    keep_checkpoints: int = 1
+    keep_checkpoints: int = 2
+    keep_every: int | None = None
     stop_after: int | None = None
     init_from: str = ""
     resume: bool = False
@@ -106,7 +110,7 @@ class TrainerConfig:
 
     def __post_init__(self):
         names = ("epochs", "steps", "log_every", "validate_every", "patience", "stop_after", "keep_checkpoints")
-        for name in (*names, "micro_batch"):
+        for name in (*names, "micro_batch", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"trainer: {name} must be at least 1, not {value}")
@@ -122,6 +126,7 @@ class ExperimentConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self):

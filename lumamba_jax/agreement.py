@@ -28,19 +28,21 @@ def first_text(text: str | None) -> str | None:
 
 @contextlib.contextmanager
 def on_first() -> Iterator[bool]:
-    """`with on_first() as first: if first: ...` is what process 0 does for all; its OSError is raised on all of them.
+    """`with on_first() as first: if first: ...` is what process 0 does for all; what it refuses is refused by all
+    (ValueError stays one, everything else is an OSError).
 
     All processes must come by; nobody goes on before process 0 is through.
     """
     refusal = None
     try:
         yield jax.process_index() == 0
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if jax.process_count() == 1:
             raise
-        refusal = str(error)
-    if (sentence := first_text(refusal)) is not None:
-        raise OSError(sentence)
+        refusal = f"{'ValueError' if isinstance(error, ValueError) else 'OSError'} {error}"
+    if (found := first_text(refusal)) is not None:
+        kind, _, sentence = found.partition(" ")
+        raise ValueError(sentence) if kind == "ValueError" else OSError(sentence)
 
 
 def say_on_stderr(text: str) -> None:

@@ -19,16 +19,19 @@ class RunLog:
     """Metrics of one run under `run_dir`; a context manager.
 
     `metrics.jsonl` holds one object per line: `step`, `split` ("train", "validation") and the metrics. A resumed
-    run drops the lines after the step it continues from, so that its file is that of the unbroken run.
+    run drops the lines after the step it continues from (and one that a killed process left half written), so that its
+    file is that of the unbroken run. With `silent` (every process of a run but the first) nothing is written or shown.
     """
 
-    def __init__(self, run_dir: Path, *, total_steps: int, start_step: int = 0):
-        run_dir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, run_dir: Path, *, total_steps: int, start_step: int = 0, silent: bool = False):
         self._path = run_dir / METRICS_FILE
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= start_step] if start_step else []
-        self._path.write_text("".join(f"{line}\n" for line in kept))
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step or None)
-        self.console = Console(stderr=True)
+        self._writer: SummaryWriter | None = None
+        if not silent:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in self._lines() if _step_of(line) <= start_step] if start_step else []
+            _replace(self._path, "".join(f"{line}\n" for line in kept))
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step or None)
+        self.console = Console(stderr=True, quiet=silent)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(
             *columns, TextColumn("eta"), TimeRemainingColumn(), console=self.console, transient=True
@@ -37,6 +40,8 @@ class RunLog:
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Record scalars measured after `step` optimizer steps; one that is not finite is stored as null."""
+        if self._writer is None:
+            return
         finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
@@ -59,7 +64,8 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _lines(self) -> list[str]:
         return self._path.read_text().splitlines() if self._path.is_file() else []
@@ -90,12 +96,24 @@ class StopRequest:
 
 def write_json(value: object, path: Path) -> None:
     """Write nested dicts, lists and scalars; numbers that are not finite become null; complete or not at all."""
+    _replace(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     try:
-        temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+        temporary.write_text(text)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for a line that was not written to its end."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
 
 
 def _finite(value: object) -> object:

@@ -12,6 +12,7 @@ PARTS = {"scan", "scan_pallas", "layers", "mamba", "attention", "tokens", "chann
 MODEL = PARTS | {"long_windows", "montage_model", "lumamba", "luna", "femba", "architectures"}
 MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
     "agreement": set(),
+    "hosts": set(),
     "manifest": {"agreement"},
     "train_checkpoints": {"agreement", "manifest"},
     "run_lock": {"agreement"},
