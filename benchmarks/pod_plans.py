@@ -23,9 +23,9 @@ BFLOAT16 = ("--model.compute-dtype", "bfloat16")
 MODELS = {
     "lumamba_tiny": ("pretrain_lumamba_tiny", *BFLOAT16, "--loader.batch-size", "32768"),
     "luna_huge": ("pretrain_luna_base", *HUGE, *BFLOAT16, "--loader.batch-size", "8192"),
-    "luna_huge_36864": ("pretrain_luna_base", *HUGE, *BFLOAT16, "--loader.batch-size", "36864"),
+    "luna_huge_40960": ("pretrain_luna_base", *HUGE, *BFLOAT16, "--loader.batch-size", "40960"),
 }
-ONLY_ON = {"luna_huge_36864": ("v5e:16x16",)}  # as many windows per chip as scale with 90 %
+ONLY_ON = {"luna_huge_40960": ("v5e:16x16",)}  # as many windows per chip as scale with 90 %
 
 
 def result_file(model: str, topology: str) -> Path:

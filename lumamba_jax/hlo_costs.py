@@ -160,7 +160,7 @@ def _group_size(rest: str, chips: int) -> int:
 
     All chips when the list is empty.
     """
-    if found := re.search(r"replica_groups=(?:@)?mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+    if found := re.search(r"replica_groups=@?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):

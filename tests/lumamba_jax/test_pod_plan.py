@@ -117,6 +117,7 @@ class TestHloCosts:
             ("[4,2]<=[2,4]T(1,0)", 2),
             ("mesh['a'=2,'b'=4] {'b'}, use_global_device_ids=true", 4),
             ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+            ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={0}", 4),
             ("{}", 8),
         ],
     )
