@@ -26,9 +26,10 @@ from configs.results import (
     save_predictions,
     score,
 )
+from data_pipeline.formats import is_store, open_store
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.prepare import PrepareConfig, prepare
-from data_pipeline.store import WindowStore
+from data_pipeline.store import Store
 from lumamba_jax import metrics
 from lumamba_jax.architectures import ModelConfig
 from lumamba_jax.checkpoint import load_pretrained
@@ -135,7 +136,7 @@ def _check_fits(model: ModelConfig, provenance: dict, windows: Windows) -> None:
     _check_rate(provenance, windows.stores[0])
 
 
-def _check_rate(provenance: dict, store: WindowStore) -> None:
+def _check_rate(provenance: dict, store: Store) -> None:
     trained = provenance.get("sfreq")
     if trained and abs(trained - store.sfreq) > 1e-6:
         raise ValueError(
@@ -151,9 +152,9 @@ def run_embed(options: Embed) -> None:
         path = options.source
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        if path.suffix not in (".h5", ".hdf5"):
+        if not is_store(path):
             path = _prepared(path, Path(temporary) / "windows.h5", model, options.window)
-        columns = _embeddings(model, WindowStore(path), options.batch_size)
+        columns = _embeddings(model, open_store(path), options.batch_size)
     save_columns(options.out, columns)
     print(f"{options.out}: embeddings {columns['embeddings'].shape} of {options.source}")
 
@@ -165,7 +166,7 @@ def _prepared(source: Path, out: Path, model: LoadedModel, seconds: float) -> Pa
     return out
 
 
-def _embeddings(model: LoadedModel, store: WindowStore, batch_size: int) -> dict[str, np.ndarray]:
+def _embeddings(model: LoadedModel, store: Store, batch_size: int) -> dict[str, np.ndarray]:
     _check_rate(model.metadata["provenance"], store)
     embeddings = np.zeros((len(store), model.config.width), np.float32)
     for name, montage in store.montages.items():
@@ -176,9 +177,9 @@ def _embeddings(model: LoadedModel, store: WindowStore, batch_size: int) -> dict
     columns = {
         "embeddings": embeddings,
         "window_id": np.arange(len(store)),
-        "subject": store.subjects,
-        "recording": store.recordings,
-        "montage": store.montage_names,
+        "subject": np.asarray(store.subjects),
+        "recording": np.asarray(store.recordings),
+        "montage": np.asarray(store.montage_names),
         "start_sample": store.start_samples,
     }
     return columns if store.labels is None else columns | {"label": store.labels}

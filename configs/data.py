@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from configs.schema import DataConfig, ExperimentConfig
+from data_pipeline.formats import open_stores
 from data_pipeline.loader import Batches, LoaderConfig, make_dataset
+from data_pipeline.names import Names
 from data_pipeline.splits import (
     Split,
     check_disjoint,
@@ -21,7 +23,7 @@ from data_pipeline.splits import (
     split_by_subject,
     subject_folds,
 )
-from data_pipeline.store import WindowStore
+from data_pipeline.store import Store
 from lumamba_jax.architectures import ModelConfig
 
 PARTS = ("train", "validation", "test")
@@ -34,16 +36,16 @@ class Windows:
     Attributes:
         stores: opened stores, in the order of the numbering.
         parts: window numbers of "train", "validation" and "test", each `(n,)`, sorted, disjoint by subject.
-        subjects, recordings: `(N,)` str, for every window.
+        subjects, recordings: `(N,)` names, for every window.
         labels: `(N,)` int32 classes or `(N, K)` targets, None when the stores have none; permuted if asked.
         class_names: names of the classes, if the stores have them.
         split: how the training stores were divided.
     """
 
-    stores: tuple[WindowStore, ...]
+    stores: tuple[Store, ...]
     parts: dict[str, np.ndarray]
-    subjects: np.ndarray
-    recordings: np.ndarray
+    subjects: Names
+    recordings: Names
     labels: np.ndarray | None
     class_names: list[str] | None
     split: Split
@@ -64,19 +66,36 @@ class Windows:
         return make_dataset(list(self.stores), rows, config, host_index=host_index, host_count=host_count)
 
     @functools.cached_property
+    def has_several_montages(self) -> bool:
+        """Whether the windows have more than one montage."""
+        return len({name for store in self.stores for name in store.montages}) > 1
+
+    def montage_names_of(self, window_ids: np.ndarray) -> np.ndarray:
+        """Names of the montages of windows `(n,)`; empty for filler rows (-1)."""
+        ends = np.cumsum([len(store) for store in self.stores])
+        stores = np.searchsorted(ends, window_ids, side="right")
+        return np.array(
+            [
+                "" if i < 0 else str(self.stores[number].montage_names[i - ends[number] + len(self.stores[number])])
+                for i, number in zip(window_ids, stores, strict=True)
+            ]
+        )
+
+    @functools.cached_property
     def digest(self) -> str:
         """What the windows are, without reading a signal: sizes of files, subjects, recordings, places, labels."""
         found = hashlib.sha256()
         for store in self.stores:
-            found.update(f"{store.path.stat().st_size} {store.sfreq} {store.n_times}".encode())
-            for name in ("subjects", "recordings", "montage_names"):
-                found.update("\n".join(getattr(store, name)).encode())
+            found.update(f"{store.num_bytes} {store.sfreq} {store.n_times}".encode())
+            for column in (store.subjects, store.recordings, store.montage_names):
+                found.update("\n".join([*column.table, ""]).encode())
+                found.update(np.ascontiguousarray(column.codes).tobytes())
             found.update(np.ascontiguousarray(store.start_samples).tobytes())
             if store.labels is not None:
                 found.update(np.ascontiguousarray(store.labels).tobytes())
         return found.hexdigest()[:16]
 
-    def pairs(self, part: str) -> list[tuple[WindowStore, np.ndarray]]:
+    def pairs(self, part: str) -> list[tuple[Store, np.ndarray]]:
         """(store, rows in it) of one part, in the order of the numbering; stores without such windows are left out."""
         rows = self._by_store(self.parts[part])
         return [(store, own) for store, own in zip(self.stores, rows, strict=True) if len(own)]
@@ -95,7 +114,10 @@ class Windows:
 
     def _by_store(self, numbers: np.ndarray) -> list[np.ndarray]:
         bounds = np.cumsum([0, *(len(store) for store in self.stores)])
-        return [numbers[(numbers >= a) & (numbers < b)] - a for a, b in pairwise(bounds)]
+        store_of = np.searchsorted(bounds, numbers, side="right") - 1
+        order = np.argsort(store_of, kind="stable")
+        places = np.searchsorted(store_of[order], np.arange(len(bounds)))
+        return [numbers[order[a:b]] - first for (a, b), first in zip(pairwise(places), bounds, strict=False)]
 
 
 def open_windows(config: DataConfig, *, labelled: bool) -> Windows:
@@ -105,21 +127,21 @@ def open_windows(config: DataConfig, *, labelled: bool) -> Windows:
         division is impossible, or a subject or recording would be in two parts.
     """
     if not config.train:
-        raise ValueError("no training data: give one or more window stores, --data.train FILE.h5")
-    groups = [[WindowStore(path) for path in paths] for paths in (config.train, config.validation, config.test)]
+        raise ValueError("no training data: give one or more window stores or a folder of them, --data.train FILE.h5")
+    groups = [open_stores(paths) for paths in (config.train, config.validation, config.test)]
     stores = [store for group in groups for store in group]
     labels = _labels(stores) if labelled else None
-    subjects, recordings = (np.concatenate([getattr(s, name) for s in stores]) for name in ("subjects", "recordings"))
+    subjects, recordings = (Names.concatenate([getattr(s, n) for s in stores]) for n in ("subjects", "recordings"))
     sizes = [sum(len(store) for store in group) for group in groups]
     starts = np.cumsum([0, *sizes])
-    own = slice(0, sizes[0])
-    split = _split(config, subjects[own], _split_labels(groups[0]), recordings[own])
+    own = np.arange(sizes[0])
+    split = _split(config, subjects.take(own), _split_labels(groups[0]), recordings.take(own))
     parts = {
         "train": split.train,
         "validation": np.arange(starts[1], starts[2]) if config.validation else split.val,
         "test": np.arange(starts[2], starts[3]) if config.test else split.test,
     }
-    check_disjoint({part: subjects[rows].tolist() for part, rows in parts.items()})
+    check_disjoint({part: subjects.unique(rows).tolist() for part, rows in parts.items()})
     if labels is not None and config.permute_labels:
         labels = _permuted(stores, labels, np.concatenate([parts["train"], parts["validation"]]), config.split_seed)
     names = stores[0].class_names if labelled else None
@@ -152,7 +174,7 @@ def check_windows(model: ModelConfig, windows: Windows) -> None:
                 raise ValueError(f"{store.path}, montage {name}: {error}") from error
 
 
-def _split(config: DataConfig, subjects: np.ndarray, labels: np.ndarray | None, recordings: np.ndarray) -> Split:
+def _split(config: DataConfig, subjects: Names, labels: np.ndarray | None, recordings: Names) -> Split:
     validation = 0.0 if config.validation else config.validation_fraction
     if config.split_file:
         split = load_split(config.split_file, subjects)
@@ -166,13 +188,13 @@ def _split(config: DataConfig, subjects: np.ndarray, labels: np.ndarray | None, 
     return split
 
 
-def _split_labels(stores: Sequence[WindowStore]) -> np.ndarray | None:
+def _split_labels(stores: Sequence[Store]) -> np.ndarray | None:
     """Labels for the strata, whatever the task: pre-training on a labelled store must use the folds of fine-tuning."""
     found = [store.labels for store in stores if store.labels is not None and store.labels.ndim == 1]
     return np.concatenate(found) if len(found) == len(stores) else None
 
 
-def _labels(stores: Sequence[WindowStore]) -> np.ndarray:
+def _labels(stores: Sequence[Store]) -> np.ndarray:
     bare = [str(store.path) for store in stores if store.labels is None]
     if bare:
         raise ValueError(f"{bare[0]} has no labels: prepare it with labels, or train with a pre-training preset")
@@ -184,7 +206,7 @@ def _labels(stores: Sequence[WindowStore]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _permuted(stores: Sequence[WindowStore], labels: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
+def _permuted(stores: Sequence[Store], labels: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
     """Shuffle the labels of `rows` among themselves, also in the stores that the loader reads."""
     permuted = labels.copy()
     permuted[rows] = labels[np.random.default_rng((seed, 1)).permutation(rows)]

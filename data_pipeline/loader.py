@@ -18,7 +18,8 @@ import grain
 import numpy as np
 
 from data_pipeline.montages import Montage
-from data_pipeline.store import WindowStore
+from data_pipeline.names import Names
+from data_pipeline.store import Store
 
 FILLER = -1  # window_id of rows that only fill up the last batch
 _REPLACEMENT_TRIES = 64
@@ -88,7 +89,7 @@ class LoaderConfig:
 
 
 def make_dataset(
-    stores: WindowStore | Sequence[WindowStore],
+    stores: Store | Sequence[Store],
     rows: np.ndarray | Sequence[np.ndarray] | None,
     config: LoaderConfig,
     *,
@@ -260,8 +261,8 @@ class Batches:
 
 
 def _paired(
-    stores: WindowStore | Sequence[WindowStore], rows: np.ndarray | Sequence[np.ndarray] | None
-) -> tuple[list[WindowStore], list[np.ndarray]]:
+    stores: Store | Sequence[Store], rows: np.ndarray | Sequence[np.ndarray] | None
+) -> tuple[list[Store], list[np.ndarray]]:
     single = not isinstance(stores, Sequence)
     stores = [stores] if single else list(stores)
     if rows is None:
@@ -275,7 +276,7 @@ def _paired(
 class _Windows:
     """The windows of several stores under one numbering, with what the batches need to know of each."""
 
-    def __init__(self, stores: Sequence[WindowStore]) -> None:
+    def __init__(self, stores: Sequence[Store]) -> None:
         self.stores = list(stores)
         rates = sorted({float(store.sfreq) for store in stores})
         if len(rates) > 1:
@@ -309,10 +310,9 @@ class _Windows:
         """(store, montage name, positions in `ids`) for each kind of window, in order of first mention."""
         store_of = np.searchsorted(self._offsets, ids, side="right") - 1
         kinds = []
-        for store in dict.fromkeys(store_of.tolist()):
-            at = np.flatnonzero(store_of == store)
-            names = self.stores[store].montage_names[ids[at] - self._offsets[store]]
-            kinds += [(store, str(name), at[names == name]) for name in dict.fromkeys(names.tolist())]
+        for store, at in _grouped(store_of):
+            names = Names.of(self.stores[store].montage_names).take(ids[at] - self._offsets[store])
+            kinds += [(store, str(names.table[code]), at[own]) for code, own in _grouped(names.codes)]
         return kinds
 
     def kind_of(self, window_id: int) -> tuple[Montage, int]:
@@ -335,7 +335,16 @@ class _Windows:
         return labels
 
 
-def _joined_labels(stores: Sequence[WindowStore]) -> tuple[np.ndarray, str | None]:
+def _grouped(codes: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(code, its positions, sorted) for each code that occurs, in order of first mention."""
+    if not len(codes):
+        return []
+    order = np.argsort(codes, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(codes[order].astype(np.int64))) + 1)
+    return [(int(codes[own[0]]), own) for own in sorted(groups, key=lambda own: own[0])]
+
+
+def _joined_labels(stores: Sequence[Store]) -> tuple[np.ndarray, str | None]:
     labels = [s.labels for s in stores if s.labels is not None]
     nothing = np.zeros(0, np.int32)
     if len(labels) < len(stores):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.names import Names
+
 _PARTS = ("train", "val", "test")
 
 
@@ -42,7 +44,7 @@ class Split:
 
 
 def split_by_subject(
-    subjects: np.ndarray,
+    subjects: Names | np.ndarray,
     labels: np.ndarray | None = None,
     *,
     val_fraction: float = 0.2,
@@ -54,7 +56,7 @@ def split_by_subject(
     `subjects` (n,) str and `labels` (n,) int (other labels: no strata) belong to the windows. A part with a fraction
     above zero gets at least one subject. Raises ValueError when there are too few subjects.
     """
-    subjects = np.asarray(subjects)
+    subjects = Names.of(subjects)
     for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction < 1:
             raise ValueError(f"{name} must lie in [0, 1), not {fraction}")
@@ -71,14 +73,14 @@ def split_by_subject(
 
 
 def subject_folds(
-    subjects: np.ndarray, labels: np.ndarray | None, n_folds: int, seed: int = 0, *, val_fraction: float = 0.2
+    subjects: Names | np.ndarray, labels: np.ndarray | None, n_folds: int, seed: int = 0, *, val_fraction: float = 0.2
 ) -> list[Split]:
     """`n_folds` splits; every subject is tested in exactly one, validation is taken from the training subjects.
 
     The folds depend on `labels` through the strata: to use the folds of a labelled store on another store, save the
     splits and load them there. Raises ValueError when there are fewer subjects than folds.
     """
-    subjects = np.asarray(subjects)
+    subjects = Names.of(subjects)
     rng = np.random.default_rng(seed)
     everyone = _by_stratum(subjects, labels, rng)
     if not 2 <= n_folds <= len(everyone):
@@ -87,7 +89,8 @@ def subject_folds(
     folds = []
     for fold in range(n_folds):
         test = [s for i, s in enumerate(everyone) if order[i % n_folds] == fold]
-        rest = [s for s in everyone if s not in set(test)]
+        tested = set(test)
+        rest = [s for s in everyone if s not in tested]
         carve = np.random.default_rng((seed, fold))
         val, train = _carve(rest, min(_count(len(rest), val_fraction), len(rest) - 1), carve)
         folds.append(split_by_lists(subjects, train=train, val=val, test=test))
@@ -95,17 +98,17 @@ def subject_folds(
 
 
 def split_by_lists(
-    subjects: np.ndarray, *, train: Sequence[str], val: Sequence[str] = (), test: Sequence[str] = ()
+    subjects: Names | np.ndarray, *, train: Sequence[str], val: Sequence[str] = (), test: Sequence[str] = ()
 ) -> Split:
     """The split given by explicit subject ids, for published lists.
 
     Windows of subjects in no list are left out. Raises ValueError for a subject in two lists or absent from
     `subjects`, and when no training subject is given.
     """
-    subjects = np.asarray(subjects)
+    subjects = Names.of(subjects)
     lists = {"train": tuple(sorted(train)), "val": tuple(sorted(val)), "test": tuple(sorted(test))}
     check_disjoint(lists)
-    absent = sorted(set().union(*lists.values()) - set(subjects.tolist()))
+    absent = sorted(set().union(*lists.values()) - set(subjects.unique().tolist()))
     if absent:
         raise ValueError(f"subjects {', '.join(absent)} of the split have no windows in this store")
     if not lists["train"]:
@@ -114,32 +117,35 @@ def split_by_lists(
     return Split(train_rows, val_rows, test_rows, subjects=lists)
 
 
-def split_random_windows(subjects: np.ndarray, *, val_fraction: float = 0.2, seed: int = 0) -> Split:
+def split_random_windows(subjects: Names | np.ndarray, *, val_fraction: float = 0.2, seed: int = 0) -> Split:
     """The reference's pre-training rule: a random part of the windows, whoever they come from.
 
     It leaks subjects into validation by design, so `check_leakage` refuses it; its `unit` says "window". For
     comparison with the reference's pre-training only.
     """
-    subjects = np.asarray(subjects)
+    subjects = Names.of(subjects)
     n_val = _count(len(subjects), val_fraction)
     if not len(subjects) > n_val:
         raise ValueError(f"{len(subjects)} windows cannot be divided with a validation fraction of {val_fraction}")
     order = np.random.default_rng(seed).permutation(len(subjects))
     rows = {"train": np.sort(order[n_val:]), "val": np.sort(order[:n_val]), "test": np.zeros(0, np.int64)}
-    names = {part: tuple(sorted(set(subjects[own].tolist()))) for part, own in rows.items()}
+    names = {part: tuple(subjects.unique(own).tolist()) for part, own in rows.items()}
     return Split(**rows, subjects=names, unit="window")
 
 
-def check_leakage(split: Split, subjects: np.ndarray, recordings: np.ndarray | None = None) -> None:
+def check_leakage(split: Split, subjects: Names | np.ndarray, recordings: Names | np.ndarray | None = None) -> None:
     """Refuse a split with a window, a subject or a recording in two parts.
 
     `subjects` and `recordings` (n,) str belong to the windows of the store. Raises ValueError naming them.
     """
-    check_disjoint({part: rows.tolist() for part, rows in split.parts.items()}, what="window")
-    check_disjoint({part: np.asarray(subjects)[rows].tolist() for part, rows in split.parts.items()})
-    if recordings is not None:
-        own = {part: np.asarray(recordings)[rows].tolist() for part, rows in split.parts.items()}
-        check_disjoint(own, what="recording")
+    seen = np.bincount(np.concatenate(list(split.parts.values())), minlength=len(subjects))
+    if seen.max(initial=0) > 1:  # sets of every window only to name them: there may be millions
+        twice = np.flatnonzero(seen > 1)
+        check_disjoint({p: np.intersect1d(rows, twice).tolist() for p, rows in split.parts.items()}, what="window")
+    for what, column in (("subject", subjects), ("recording", recordings)):
+        if column is not None:
+            names = Names.of(column)
+            check_disjoint({part: names.unique(rows).tolist() for part, rows in split.parts.items()}, what=what)
 
 
 def check_disjoint(parts: Mapping[str, Sequence], *, what: str = "subject") -> None:
@@ -172,14 +178,14 @@ def save_split(split: Split, path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_split(path: str | Path, subjects: np.ndarray) -> Split:
+def load_split(path: str | Path, subjects: Names | np.ndarray) -> Split:
     """Read a split for the windows of `subjects` (n,) str.
 
     Subject lists apply to any store with the same subjects; a store may lack some, none of its subjects may be
     unknown to the split. Row numbers apply to a store with the same windows. Raises ValueError when the file is
     missing, damaged (its digest does not fit) or meant for other data.
     """
-    path, subjects = Path(path), np.asarray(subjects)
+    path, subjects = Path(path), Names.of(subjects)
     try:
         stored = json.loads(path.read_text())
         digest = stored.pop("sha256")
@@ -192,8 +198,8 @@ def load_split(path: str | Path, subjects: np.ndarray) -> Split:
         if stored["num_windows"] != len(subjects):
             raise ValueError(f"{path} divides {stored['num_windows']} windows, this store has {len(subjects)}")
         rows = {part: np.array(own[part], dtype=np.int64) for part in _PARTS}
-        return Split(**rows, subjects={p: tuple(sorted(set(subjects[r].tolist()))) for p, r in rows.items()}, unit=unit)
-    present = set(subjects.tolist())
+        return Split(**rows, subjects={p: tuple(subjects.unique(r).tolist()) for p, r in rows.items()}, unit=unit)
+    present = set(subjects.unique().tolist())
     unknown = sorted(present - set().union(*own.values()))
     if unknown:
         raise ValueError(f"{path} does not say where subjects {', '.join(unknown[:5])} of this store belong")
@@ -211,26 +217,30 @@ def _digest(contents: dict) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _rows_of(subjects: np.ndarray, ids: Sequence[str]) -> np.ndarray:
-    return np.flatnonzero(np.isin(subjects, list(ids))).astype(np.int64)
+def _rows_of(subjects: Names, ids: Sequence[str]) -> np.ndarray:
+    return np.flatnonzero(subjects.isin(ids)).astype(np.int64)
 
 
 def _count(n: int, fraction: float) -> int:
     return 0 if fraction == 0 else max(1, math.floor(n * fraction + 0.5))
 
 
-def _by_stratum(subjects: np.ndarray, labels: np.ndarray | None, rng: np.random.Generator) -> list[str]:
+def _by_stratum(subjects: Names, labels: np.ndarray | None, rng: np.random.Generator) -> list[str]:
     """Every subject once, stratum after stratum, in random order within each."""
     if not len(subjects):
         raise ValueError("there are no windows to split")
-    ids = np.unique(subjects)
     strata: dict[tuple, list[str]] = {}
     classes = None if labels is None else np.asarray(labels)
     if classes is not None and (classes.ndim != 1 or classes.dtype.kind not in "iub"):
         classes = None
-    for subject in ids:
-        key = () if classes is None else tuple(np.unique(classes[subjects == subject]).tolist())
-        strata.setdefault(key, []).append(str(subject))
+    classes_of: dict[str, list[int]] = {str(subject): [] for subject in subjects.unique()}
+    if classes is not None:
+        labels, label_codes = np.unique(classes, return_inverse=True)
+        for pair in np.unique(subjects.codes * np.int64(len(labels)) + label_codes):
+            subject, label = divmod(int(pair), len(labels))
+            classes_of[str(subjects.table[subject])].append(int(labels[label]))
+    for subject, own in classes_of.items():
+        strata.setdefault(tuple(own), []).append(subject)
     return [str(s) for key in sorted(strata) for s in rng.permutation(strata[key])]
 
 

@@ -11,7 +11,8 @@ import errno
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import h5py
 import numpy as np
 
 from data_pipeline.montages import Montage, montage_of, named_montage, normalize_name
+from data_pipeline.names import Names
+from data_pipeline.open_files import OpenFiles
 
 SCHEMA_VERSION = "1"
 _TO_MICROVOLTS = {"uV": 1.0, "mV": 1e3, "V": 1e6}
@@ -133,9 +136,7 @@ class StoreWriter:
                 "filters": json.dumps(info.filters),
                 "provenance": json.dumps(info.provenance),
                 "source_version": info.source_version,
-                "montages": json.dumps(
-                    {m.name: {"ch_names": m.ch_names, "locations": m.locations.tolist()} for m in montages.values()}
-                ),
+                "montages": montages_to_json(montages.values()),
             }
         )
         if info.class_names is not None:
@@ -181,17 +182,85 @@ def _disk_errors_named(path: Path) -> Iterator[None]:
         raise
 
 
-class WindowStore:
-    """Random access to the windows of one HDF5 file. Opens it lazily in each process and drops the handle on pickling.
+class Store(ABC):
+    """Random access to windows with what is known about each: the reading interface of both formats.
+
+    Attributes: path, sfreq (hertz), n_times, class_names, montages {name: Montage}, labels ((n,) int32 classes, (n,K)
+    int32 per channel classes or float32 targets, or None), subjects / recordings / montage_names (n,) `Names`,
+    start_samples (n,) int64 (-1 where unknown), info (what holds for all windows).
+    """
+
+    path: Path
+    sfreq: float
+    n_times: int
+    class_names: list[str] | None
+    montages: dict[str, Montage]
+    labels: np.ndarray | None
+    subjects: Names
+    recordings: Names
+    montage_names: Names
+    start_samples: np.ndarray
+    info: StoreInfo
+
+    def __len__(self) -> int:
+        return len(self.start_samples)
+
+    def __getitem__(self, i: int) -> dict:
+        """Window `i`: signal (C,T) float32 microvolts, montage (name), label (scalar, (K,), or absent)."""
+        i = int(i)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        window = {"signal": self.read(np.array([i % len(self)]))[0], "montage": str(self.montage_names[i])}
+        if self.labels is not None:
+            window["label"] = self.labels[i]
+        return window
+
+    @abstractmethod
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Windows at `rows` (m,), all of one montage: (m,C,T) float32 microvolts, in the order asked for.
+
+        Raises ValueError for several montages, or one sentence when the file is damaged or has changed.
+        """
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Size on disk."""
+
+    def _room_for(self, rows: np.ndarray) -> np.ndarray:
+        """An uninitialised (m,C,T) float32 for `rows`, which must share one montage."""
+        names = self.montage_names.unique(rows)
+        if len(names) != 1:
+            raise ValueError(f"rows to read together must share one montage, found {', '.join(names) or 'no rows'}")
+        return np.empty((len(rows), len(self.montages[str(names[0])]), self.n_times), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One group of an HDF5 file; `offset` is the place of its first sample in the file, -1 where only HDF5 knows."""
+
+    name: str
+    shape: tuple[int, int, int]
+    offset: int
+    attributes: dict[str, Any]
+    starts: np.ndarray
+    labels: np.ndarray | None
+
+
+MAX_OPEN = 64  # a folder of thousands of files must not use up the file descriptors of a process (often 1,024)
+_DESCRIPTORS: OpenFiles[int] = OpenFiles(MAX_OPEN, os.close)
+_HDF5_FILES: OpenFiles[h5py.File] = OpenFiles(MAX_OPEN, h5py.File.close)
+
+
+class WindowStore(Store):
+    """Random access to the windows of one HDF5 file. Between reads it holds no handle of its own (`OpenFiles` does).
 
     Files without our attributes (the reference's flavours) need to be told what they do not say: `montage` (a
     `Montage` or a name of `CHANNEL_ORDERS`; TUAB/TUAR/TUSL files hold "tuh-bipolar-22-disk"), `unit` ("uV", "mV",
     "V") and `sfreq` (hertz). `layout` "scrambled" undoes the reference's reshape of TUEG and Siena files (a stored
     window is C pieces of mostly one channel); "auto" decides from the continuity of the signal at the seams.
 
-    Attributes: sfreq, n_times, class_names, montages {name: Montage}, labels ((n,) int32 classes, (n,K) int32 per
-    channel classes or float32 targets, or None), subjects / recordings / montage_names (n,) str, start_samples (n,)
-    int64 (-1 where unknown), attributes (the file's own, decoded).
+    Attributes besides those of `Store`: attributes (the file's own, decoded).
     Raises ValueError, one sentence, when the file is missing, truncated, not a window store, or lacks information.
     """
 
@@ -205,64 +274,74 @@ class WindowStore:
         layout: str = "auto",
     ) -> None:
         self.path = Path(path)
-        self._file: h5py.File | None = None
-        self._pid = -1
-        try:
-            with self._readable():
-                file = self._open()
-                self.attributes = {key: _decoded(value) for key, value in file.attrs.items()}
-                self._groups = [str(name) for name in file if name != "index_map"]
-                self._check_structure(file)
-                self._read_settings(montage, unit, sfreq)
-                self._read_index(file)
-                self._scrambled = self._layout_is_scrambled(file, layout)
-        finally:
-            self.close()
-
-    def __len__(self) -> int:
-        return len(self._group_of)
-
-    def __getitem__(self, i: int) -> dict:
-        """Window `i`: signal (C,T) float32 microvolts, montage (name), label (scalar, (K,), or absent)."""
-        i = int(i)
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"window {i} of {len(self)}")
-        window = {"signal": self.read(np.array([i]))[0], "montage": str(self.montage_names[i])}
-        if self.labels is not None:
-            window["label"] = self.labels[i]
-        return window
+        if not self.path.is_file():
+            raise ValueError(f"window store {self.path} does not exist: make it with `python -m data_pipeline.prepare`")
+        self._identity = _identity(self.path.stat())
+        with self._readable(), h5py.File(self.path, "r") as file:
+            self.attributes = {key: _decoded(value) for key, value in file.attrs.items()}
+            blocks = self._blocks(file)
+            self._read_settings(montage, unit, sfreq)
+            self._index(blocks)
+            self._scrambled = self._layout_is_scrambled(file, layout)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Windows at `rows` (m,), all of one montage: (m,C,T) float32 microvolts, in the order asked for."""
         rows = np.asarray(rows, dtype=np.int64)
-        names = np.unique(self.montage_names[rows])
-        if len(names) != 1:
-            raise ValueError(f"rows to read together must share one montage, found {', '.join(names) or 'no rows'}")
-        out = np.empty((len(rows), len(self.montages[str(names[0])]), self.n_times), dtype=np.float32)
-        with self._readable():
-            file = self._open()
-            for group in np.unique(self._group_of[rows]):
-                where = np.flatnonzero(self._group_of[rows] == group)
-                out[where] = self._read_group(_dataset(file, self._groups[group], "X"), self._row_of[rows[where]])
+        out = self._room_for(rows)
+        groups = np.searchsorted(self._first_rows, rows, side="right") - 1
+        own = rows - self._first_rows[groups]
+        plain = self._offsets[groups] >= 0
+        if self._scrambled or not plain.all():
+            self._read_by_hdf5(out, groups, own)
+        else:
+            self._read_plain(out, self._offsets[groups] + own * out[0].nbytes)
         return self._cleaned(out)
 
-    def close(self) -> None:
-        """Close the file handle of this process; the next read opens it again."""
-        if self._file is not None and self._pid == os.getpid():
-            self._file.close()
-        self._file = None
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return self._identity[0]
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_file": None, "_pid": -1}
+    @property
+    def info(self) -> StoreInfo:
+        """What holds for every window; windows are taken to follow each other where the file does not say."""
+        found = self.attributes
+        return StoreInfo(
+            sfreq=self.sfreq,
+            n_times=self.n_times,
+            stride_seconds=float(found.get("stride_seconds", self.n_times / self.sfreq)),
+            filters=json.loads(found.get("filters", "{}")),
+            provenance=json.loads(found.get("provenance", "{}")),
+            class_names=self.class_names,
+            source_version=str(found.get("source_version", "unknown")),
+        )
 
-    def _open(self) -> h5py.File:
-        if self._file is None or self._pid != os.getpid():  # a handle inherited through fork is not safe to use
-            if not self.path.is_file():
-                raise ValueError(
-                    f"window store {self.path} does not exist: make it with `python -m data_pipeline.prepare`"
-                )
-            self._file, self._pid = h5py.File(self.path, "r"), os.getpid()
-        return self._file
+    def _read_plain(self, out: np.ndarray, offsets: np.ndarray) -> None:
+        """Fill `out` from the file itself: HDF5's library has one lock for all threads, and opens slowly."""
+        with _DESCRIPTORS.use((str(self.path), self._identity), self._open_descriptor) as descriptor:
+            for window, offset in zip(out, offsets.tolist(), strict=True):
+                if os.preadv(descriptor, [window], offset) != window.nbytes:
+                    raise ValueError(f"{self.path} was truncated after it had been opened: make it again")
+
+    def _read_by_hdf5(self, out: np.ndarray, groups: np.ndarray, own: np.ndarray) -> None:
+        with self._readable(), _HDF5_FILES.use((str(self.path), self._identity), self._open_hdf5) as file:
+            for group in np.unique(groups):
+                where = np.flatnonzero(groups == group)
+                out[where] = self._read_group(_dataset(file[self._groups[group]], "X", self._groups[group]), own[where])
+
+    def _open_descriptor(self) -> int:
+        self._check_unchanged()
+        return os.open(self.path, os.O_RDONLY)
+
+    def _open_hdf5(self) -> h5py.File:
+        self._check_unchanged()
+        return h5py.File(self.path, "r")
+
+    def _check_unchanged(self) -> None:
+        if not self.path.is_file():
+            raise ValueError(f"window store {self.path} was removed while it was being read")
+        if _identity(self.path.stat()) != self._identity:
+            raise ValueError(f"window store {self.path} was replaced while it was being read: start again")
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
@@ -274,18 +353,26 @@ class WindowStore:
                 f"{self.path} cannot be read as a window store, it is truncated or not HDF5 ({reason}): make it again"
             ) from error
 
-    def _check_structure(self, file: h5py.File) -> None:
-        if not self._groups:
+    def _blocks(self, file: h5py.File) -> list[_Block]:
+        blocks = [self._block(str(name), file[name]) for name in file if name != "index_map"]
+        if not blocks:
             raise ValueError(f"{self.path} holds no group of windows")
-        for name in self._groups:
-            block = file[name]
-            data = block.get("X") if isinstance(block, h5py.Group) else None
-            if not isinstance(data, h5py.Dataset) or data.ndim != 3:
-                raise ValueError(f"{self.path}: group {name!r} has no dataset X of shape (n, channels, samples)")
-        lengths = sorted({_dataset(file, name, "X").shape[2] for name in self._groups})
+        lengths = sorted({block.shape[2] for block in blocks})
         if len(lengths) > 1:
             raise ValueError(f"{self.path} mixes windows of {lengths} samples: one store holds one window length")
         self.n_times = int(lengths[0])
+        return blocks
+
+    def _block(self, name: str, group: Any) -> _Block:
+        data = group.get("X") if isinstance(group, h5py.Group) else None
+        if not isinstance(data, h5py.Dataset) or data.ndim != 3:
+            raise ValueError(f"{self.path}: group {name!r} has no dataset X of shape (n, channels, samples)")
+        attributes = {key: _decoded(value) for key, value in group.attrs.items()}
+        starts, labels = (
+            _dataset(group, column, name)[:] if column in group else None for column in ("start_sample", "y")
+        )
+        starts = np.full(len(data), -1) if starts is None else starts
+        return _Block(name, data.shape, _offset(data), attributes, starts, labels)
 
     def _read_settings(self, montage: Montage | str | None, unit: str | None, sfreq: float | None) -> None:
         attributes = self.attributes
@@ -306,55 +393,46 @@ class WindowStore:
         self._scale = _TO_MICROVOLTS[unit]
         self.sfreq = float(sfreq or 0.0)
         names = attributes.get("class_names")
-        self.class_names: list[str] | None = None if names is None else list(json.loads(names))
+        self.class_names = None if names is None else list(json.loads(names))
         self.montages = self._stored_montages()
 
     def _stored_montages(self) -> dict[str, Montage]:
         if self._given_montage is not None:
             return {self._given_montage.name: self._given_montage}
         if "montages" in self.attributes:
-            stored = json.loads(self.attributes["montages"])
-            return {name: Montage(name, m["ch_names"], np.array(m["locations"])) for name, m in stored.items()}
+            return montages_from_json(self.attributes["montages"])
         montage = montage_of([normalize_name(str(name)) for name in self.attributes["channel_names"]])
         return {montage.name: montage}
 
-    def _read_index(self, file: h5py.File) -> None:
-        shapes = [_dataset(file, name, "X").shape for name in self._groups]
-        counts = [shape[0] for shape in shapes]
-        self._group_of = np.repeat(np.arange(len(counts)), counts)
-        self._row_of = np.concatenate([np.arange(n) for n in counts])
+    def _index(self, blocks: list[_Block]) -> None:
+        counts = [block.shape[0] for block in blocks]
+        self._groups = [block.name for block in blocks]
+        self._first_rows = np.cumsum([0, *counts[:-1]])
+        self._offsets = np.array([block.offset for block in blocks])
         only = next(iter(self.montages)) if len(self.montages) == 1 else None
-
-        def per_window(values: list) -> np.ndarray:
-            return np.repeat(np.array([str(v) for v in values], dtype=str), counts)
-
-        attrs = [{key: _decoded(value) for key, value in file[name].attrs.items()} for name in self._groups]
-        named = list(zip(self._groups, attrs, strict=True))
-        montage_names = [only or str(a.get("montage", "")) for a in attrs]
-        for name, (_, channels, _), montage in zip(self._groups, shapes, montage_names, strict=True):
+        montage_names = [only or str(block.attributes.get("montage", "")) for block in blocks]
+        for block, montage in zip(blocks, montage_names, strict=True):
+            channels = block.shape[1]
             if montage not in self.montages or channels != len(self.montages[montage]):
                 raise ValueError(
-                    f"{self.path}: group {name!r} has {channels} channels, which montage {montage!r} does not describe"
+                    f"{self.path}: group {block.name!r} has {channels} channels, which montage {montage!r} does not "
+                    f"describe"
                 )
-        self.subjects = per_window([a.get("subject_id", name) for name, a in named])
-        self.recordings = per_window([a.get("recording_id", name) for name, a in named])
-        self.montage_names = per_window(montage_names)
-        starts = [
-            _dataset(file, name, "start_sample")[:] if f"{name}/start_sample" in file else np.full(n, -1)
-            for name, n in zip(self._groups, counts, strict=True)
-        ]
-        self.start_samples = np.concatenate(starts).astype(np.int64)
-        self.labels = self._read_labels(file)
+        self.montage_names = Names.repeated(montage_names, counts)
+        self.subjects = Names.repeated([str(b.attributes.get("subject_id", b.name)) for b in blocks], counts)
+        self.recordings = Names.repeated([str(b.attributes.get("recording_id", b.name)) for b in blocks], counts)
+        self.start_samples = np.concatenate([block.starts for block in blocks]).astype(np.int64)
+        self.labels = self._joined_labels(blocks)
 
-    def _read_labels(self, file: h5py.File) -> np.ndarray | None:
-        bare = [name for name in self._groups if f"{name}/y" not in file]
-        if len(bare) == len(self._groups):
+    def _joined_labels(self, blocks: list[_Block]) -> np.ndarray | None:
+        bare = [block.name for block in blocks if block.labels is None]
+        if len(bare) == len(blocks):
             return None
         if bare:
             raise ValueError(
                 f"{self.path}: {len(bare)} groups have no labels (the first: {bare[0]!r}), the others have"
             )
-        labels = np.concatenate([_dataset(file, name, "y")[:] for name in self._groups])
+        labels = np.concatenate([block.labels for block in blocks if block.labels is not None])
         if np.issubdtype(labels.dtype, np.integer):
             return labels.astype(np.int32)
         return labels.astype(np.float32).reshape(len(labels), -1)
@@ -364,7 +442,7 @@ class WindowStore:
             raise ValueError(f"layout must be 'auto', 'nct' or 'scrambled', found {layout!r}")
         if layout != "auto" or "window_layout" in self.attributes:
             return layout == "scrambled"
-        return any(looks_scrambled(_dataset(file, name, "X")) for name in self._groups[:3])
+        return any(looks_scrambled(_dataset(file[name], "X", name)) for name in self._groups[:3])
 
     def _read_group(self, data: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
         if self._scrambled:
@@ -405,10 +483,33 @@ def looks_scrambled(data: h5py.Dataset | np.ndarray) -> bool:
     return bool(within < 0.5 * across)
 
 
-def _dataset(file: h5py.File, group: str, name: str) -> h5py.Dataset:
-    found = file[f"{group}/{name}"]
+def montages_from_json(text: str) -> dict[str, Montage]:
+    """The montages that a store's description holds, by name."""
+    return {name: Montage(name, m["ch_names"], np.array(m["locations"])) for name, m in json.loads(text).items()}
+
+
+def montages_to_json(montages: Iterable[Montage]) -> str:
+    """The inverse of `montages_from_json`; float32 positions survive it."""
+    return json.dumps({m.name: {"ch_names": m.ch_names, "locations": m.locations.tolist()} for m in montages})
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _offset(data: h5py.Dataset) -> int:
+    """Where plain float32 windows lie one after the other in the file; -1: they do not, HDF5 must read them."""
+    plain = data.dtype == np.float32 and data.dtype.isnative and not data.external and hasattr(os, "preadv")
+    if not plain or data.file.userblock_size:
+        return -1
+    found = data.id.get_offset()  # None for chunks, compression and virtual datasets
+    return -1 if found is None else int(found)
+
+
+def _dataset(group: Any, column: str, name: str) -> h5py.Dataset:
+    found = group[column]
     if not isinstance(found, h5py.Dataset):
-        raise ValueError(f"{file.filename}: {group}/{name} is not a dataset")
+        raise ValueError(f"{group.file.filename}: {name}/{column} is not a dataset")
     return found
 
 
