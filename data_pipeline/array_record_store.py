@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +77,17 @@ class ArrayRecordStore(Store):
         names = {field.name for field in dataclasses.fields(StoreInfo)}
         return StoreInfo(**{key: value for key, value in self._description.items() if key in names})
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """Windows at `rows` (m,), all of one montage: (m,C,T) float32 microvolts, in the order asked for."""
-        rows = np.asarray(rows, dtype=np.int64)
-        out = self._room_for(rows)
+    def read_into(self, rows: np.ndarray, windows: Sequence[np.ndarray]) -> None:
+        """Write window `rows[i]` into `windows[i]`, see `Store.read_into`."""
         shards = np.searchsorted(self._bounds, rows, side="right") - 1
         for shard in np.unique(shards):
             where = np.flatnonzero(shards == shard)
             records = self._records(int(shard), (rows[where] - self._bounds[shard]).tolist())
             for place, record in zip(where.tolist(), records, strict=True):
-                if len(record) != out[place].nbytes:
+                if len(record) != windows[place].nbytes:
                     raise ValueError(f"{self.path / self._files[shard]}: a window has {len(record)} bytes, the index "
-                                     f"says {out[place].nbytes}: the files do not belong together")  # fmt: skip
-                out[place] = np.frombuffer(record, _LITTLE).reshape(out.shape[1:])
-        return out
+                                     f"says {windows[place].nbytes}: the files do not belong together")  # fmt: skip
+                windows[place][...] = np.frombuffer(record, _LITTLE).reshape(windows[place].shape)
 
     def verify(self) -> None:
         """Read every shard and compare its checksum and number of windows. Raises ValueError naming the first bad."""

@@ -188,16 +188,14 @@ class Batches:
             epoch = grain.MapDataset.concatenate([epoch, grain.MapDataset.source([FILLER] * missing)]).seed(seed)
         stream = epoch[: steps * size].repeat().random_map(_with_seed)
 
-        def own(index: int) -> tuple:
+        def batch(step: int) -> dict[str, np.ndarray]:
             # A run of neighbouring rows of each batch: put together in the order of the hosts they are the batch of a
             # single host, so that what is drawn per row (masks, views) does not depend on their number.
-            step, row = divmod(index, local)
-            drawn = stream[step * size + host_index * local + row]
-            assert drawn is not None, "nothing filters the stream"
-            return drawn
+            first = step * size + host_index * local
+            ids, seeds = zip(*(cast(tuple, stream[row]) for row in range(first, first + local)), strict=True)
+            return self._assemble(bucket, np.array(ids), np.array(seeds))
 
-        rows = grain.MapDataset.range(sys.maxsize // size * local).map(own)
-        return rows.batch(local).map(lambda drawn: self._assemble(bucket, *drawn))
+        return grain.MapDataset.range(sys.maxsize // size).map(batch)
 
     def _assemble(self, bucket: "_Bucket", ids: np.ndarray, seeds: np.ndarray) -> dict[str, np.ndarray]:
         """ids (b,) window numbers or FILLER, seeds (b,) of the augmentation draws -> batch."""
@@ -213,6 +211,7 @@ class Batches:
             usable = real
         # a filler row has a montage too: masks that hide everything would make NaN of an attention over channels
         self._describe(batch, np.flatnonzero(~real), *self._windows.kind_of(bucket.ids[0]))
+        batch["signal"][~real] = 0.0
         batch["window_mask"] = real & usable
         batch["window_id"] = ids.astype(np.int32)
         if self._windows.label_problem is None:
@@ -225,20 +224,21 @@ class Batches:
     def _fill(self, batch: dict, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Write the windows `ids[rows]` into `rows` of the batch; returns (b,) bool, False where unusable."""
         usable = np.ones(len(ids), dtype=bool)
-        for where, signal, montage in self._windows.read(ids, rows):
-            finite = np.all(np.isfinite(signal), axis=(1, 2))
-            good = finite & ~_is_flat(signal) if self.config.shuffle else finite
-            usable[where] = good
-            self._bad.update(ids[where[~good]].tolist())
-            _, channels, samples = signal.shape
+        for where, montage, samples in self._windows.read(ids, rows, batch["signal"]):
             self._describe(batch, where, montage, samples)
-            batch["signal"][where, :channels, :samples] = np.where(finite.reshape(-1, 1, 1), signal, 0.0)
+            for row in where.tolist():
+                window = batch["signal"][row, : len(montage), :samples]
+                finite = _is_finite(window)
+                usable[row] = finite and not (self.config.shuffle and _is_flat(window))
+                if not finite:
+                    window[...] = 0.0
+            self._bad.update(ids[where[~usable[where]]].tolist())
         return usable
 
     def _describe(self, batch: dict, where: np.ndarray, montage: Montage, samples: int) -> None:
-        """Make rows `where` silent windows of `montage` and `samples`: everything but the signal."""
+        """Make rows `where` windows of `montage` and `samples`: everything but the signal."""
         channels = len(montage.ch_names)
-        for key in ("signal", "locations", "channel_mask", "patch_mask"):
+        for key in ("locations", "channel_mask", "patch_mask"):
             batch[key][where] = 0
         batch["channel_ids"][where] = -1
         batch["locations"][where, :channels] = montage.locations
@@ -249,9 +249,11 @@ class Batches:
     def _replacement(self, bad_id: int, bucket: "_Bucket") -> int:
         """A usable window in place of an unusable one: a function of (seed, window) alone."""
         draws = np.random.default_rng((self.config.seed, bad_id)).integers(len(bucket.ids), size=_REPLACEMENT_TRIES)
+        room = np.empty((1, bucket.channels, bucket.samples), np.float32)
         for candidate in bucket.ids[draws]:
-            ((_, signal, _),) = self._windows.read(np.array([candidate]), np.array([0]))
-            if np.isfinite(signal).all() and not _is_flat(signal).any():
+            ((_, montage, samples),) = self._windows.read(np.array([candidate]), np.array([0]), room)
+            window = room[0, : len(montage), :samples]
+            if _is_finite(window) and not _is_flat(window):
                 return int(candidate)
         store, row = self._windows.locate(bad_id)
         raise ValueError(
@@ -321,12 +323,22 @@ class _Windows:
         store = self.stores[number]
         return store.montages[str(store.montage_names[row])], store.n_times
 
-    def read(self, ids: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, Montage]]:
-        """(rows, signal (m,C,T), montage) for each kind of window among `ids[rows]`."""
-        for store, name, at in self.kinds_of(ids[rows]):
-            where = rows[at]
-            signal = self.stores[store].read(ids[where] - self._offsets[store])
-            yield where, signal, self.stores[store].montages[name]
+    def read(self, ids: np.ndarray, rows: np.ndarray, out: np.ndarray) -> Iterator[tuple[np.ndarray, Montage, int]]:
+        """Write the windows `ids[rows]` into `out[rows]` (b,C,T), zero beyond their size.
+
+        Yields (rows, montage, samples) for each kind of window among them, when it is written.
+        """
+        for number, name, at in self.kinds_of(ids[rows]):
+            store, where = self.stores[number], rows[at]
+            montage, own = store.montages[name], ids[where] - self._offsets[number]
+            channels, samples = len(montage), store.n_times
+            if (channels, samples) == out.shape[1:] and isinstance(store, Store):
+                store.read_into(own, [out[row] for row in where.tolist()])
+            else:
+                out[where, channels:] = 0.0
+                out[where, :, samples:] = 0.0
+                out[where, :channels, :samples] = store.read(own)
+            yield where, montage, samples
 
     def labels_of(self, ids: np.ndarray) -> np.ndarray:
         """Labels of window numbers, zero for FILLER."""
@@ -441,9 +453,10 @@ def _with_seed(window_id: int, rng: np.random.Generator) -> tuple[np.int64, np.i
 
 
 def _empty_batch(size: int, bucket: _Bucket, patch_size: int) -> dict[str, np.ndarray]:
+    """Arrays of a batch; the signal is not initialised, since each of its rows is written once."""
     channels, samples = bucket.channels, bucket.samples
     return {
-        "signal": np.zeros((size, channels, samples), np.float32),
+        "signal": np.empty((size, channels, samples), np.float32),
         "locations": np.zeros((size, channels, 3), np.float32),
         "channel_ids": np.full((size, channels), -1, np.int32),
         "channel_mask": np.zeros((size, channels), bool),
@@ -451,9 +464,15 @@ def _empty_batch(size: int, bucket: _Bucket, patch_size: int) -> dict[str, np.nd
     }
 
 
-def _is_flat(signal: np.ndarray) -> np.ndarray:
-    """(m,C,T) -> (m,) bool: every channel is constant over the window."""
-    return np.all(signal == signal[:, :, :1], axis=(1, 2))
+def _is_finite(signal: np.ndarray) -> bool:
+    """(C,T): no value is NaN or infinite. A sum tells it in one pass; only a sum may overflow, so that is looked at."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return bool(np.isfinite(signal.sum())) or bool(np.isfinite(signal).all())
+
+
+def _is_flat(signal: np.ndarray) -> bool:
+    """(C,T): every channel is constant over the window. The first samples nearly always tell."""
+    return all(bool((signal[:, :n] == signal[:, :1]).all()) for n in (8, signal.shape[1]))
 
 
 def _augment(batch: dict[str, np.ndarray], row: int, config: LoaderConfig, rng: np.random.Generator) -> None:

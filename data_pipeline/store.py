@@ -215,24 +215,30 @@ class Store(ABC):
             window["label"] = self.labels[i]
         return window
 
-    @abstractmethod
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Windows at `rows` (m,), all of one montage: (m,C,T) float32 microvolts, in the order asked for.
 
         Raises ValueError for several montages, or one sentence when the file is damaged or has changed.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        names = self.montage_names.unique(rows)
+        if len(names) != 1:
+            raise ValueError(f"rows to read together must share one montage, found {', '.join(names) or 'no rows'}")
+        out = np.empty((len(rows), len(self.montages[str(names[0])]), self.n_times), dtype=np.float32)
+        self.read_into(rows, list(out))
+        return out
+
+    @abstractmethod
+    def read_into(self, rows: np.ndarray, windows: Sequence[np.ndarray]) -> None:
+        """Write window `rows[i]` into `windows[i]`, a contiguous (C,T) float32 array, in microvolts. Errors as `read`.
+
+        Windows go where they are wanted without a copy in between: most of a loader's work is moving memory.
         """
 
     @property
     @abstractmethod
     def num_bytes(self) -> int:
         """Size on disk."""
-
-    def _room_for(self, rows: np.ndarray) -> np.ndarray:
-        """An uninitialised (m,C,T) float32 for `rows`, which must share one montage."""
-        names = self.montage_names.unique(rows)
-        if len(names) != 1:
-            raise ValueError(f"rows to read together must share one montage, found {', '.join(names) or 'no rows'}")
-        return np.empty((len(rows), len(self.montages[str(names[0])]), self.n_times), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -284,18 +290,16 @@ class WindowStore(Store):
             self._index(blocks)
             self._scrambled = self._layout_is_scrambled(file, layout)
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """Windows at `rows` (m,), all of one montage: (m,C,T) float32 microvolts, in the order asked for."""
-        rows = np.asarray(rows, dtype=np.int64)
-        out = self._room_for(rows)
+    def read_into(self, rows: np.ndarray, windows: Sequence[np.ndarray]) -> None:
+        """Write window `rows[i]` into `windows[i]`, see `Store.read_into`."""
         groups = np.searchsorted(self._first_rows, rows, side="right") - 1
         own = rows - self._first_rows[groups]
-        plain = self._offsets[groups] >= 0
-        if self._scrambled or not plain.all():
-            self._read_by_hdf5(out, groups, own)
+        if self._scrambled or (self._offsets[groups] < 0).any():
+            self._read_by_hdf5(windows, groups, own)
         else:
-            self._read_plain(out, self._offsets[groups] + own * out[0].nbytes)
-        return self._cleaned(out)
+            self._read_plain(windows, self._offsets[groups] + own * windows[0].nbytes)
+        for window in windows:
+            self._clean(window)
 
     @property
     def num_bytes(self) -> int:
@@ -316,18 +320,20 @@ class WindowStore(Store):
             source_version=str(found.get("source_version", "unknown")),
         )
 
-    def _read_plain(self, out: np.ndarray, offsets: np.ndarray) -> None:
-        """Fill `out` from the file itself: HDF5's library has one lock for all threads, and opens slowly."""
+    def _read_plain(self, windows: Sequence[np.ndarray], offsets: np.ndarray) -> None:
+        """Fill `windows` from the file itself: HDF5's library has one lock for all threads, and opens slowly."""
         with _DESCRIPTORS.use((str(self.path), self._identity), self._open_descriptor) as descriptor:
-            for window, offset in zip(out, offsets.tolist(), strict=True):
+            for window, offset in zip(windows, offsets.tolist(), strict=True):
                 if os.preadv(descriptor, [window], offset) != window.nbytes:
                     raise ValueError(f"{self.path} was truncated after it had been opened: make it again")
 
-    def _read_by_hdf5(self, out: np.ndarray, groups: np.ndarray, own: np.ndarray) -> None:
+    def _read_by_hdf5(self, windows: Sequence[np.ndarray], groups: np.ndarray, own: np.ndarray) -> None:
         with self._readable(), _HDF5_FILES.use((str(self.path), self._identity), self._open_hdf5) as file:
             for group in np.unique(groups):
-                where = np.flatnonzero(groups == group)
-                out[where] = self._read_group(_dataset(file[self._groups[group]], "X", self._groups[group]), own[where])
+                where, name = np.flatnonzero(groups == group), self._groups[group]
+                found = self._read_group(_dataset(file[name], "X", name), own[where])
+                for place, window in zip(where.tolist(), found, strict=True):
+                    windows[place][...] = window
 
     def _open_descriptor(self) -> int:
         self._check_unchanged()
@@ -455,17 +461,18 @@ class WindowStore(Store):
             return data[first : last + 1][back].astype(np.float32)
         return data[unique][back].astype(np.float32)
 
-    def _cleaned(self, signal: np.ndarray) -> np.ndarray:
+    def _clean(self, signal: np.ndarray) -> None:
+        """Make microvolts of a window just read, and zeros of a float16 overflow, in place."""
         if self._scale != 1.0:
             signal *= np.float32(self._scale)
         if "window_layout" in self.attributes or np.isfinite(signal).all():
-            return signal
+            return
         warnings.warn(
             f"{self.path}: {int((~np.isfinite(signal)).sum())} values are not finite (a float16 overflow of the "
             f"writing pipeline) and are read as 0",
-            stacklevel=3,
+            stacklevel=4,
         )
-        return np.nan_to_num(signal, nan=0.0, posinf=0.0, neginf=0.0)
+        np.nan_to_num(signal, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def looks_scrambled(data: h5py.Dataset | np.ndarray) -> bool:

@@ -241,10 +241,21 @@ def test_flat_windows_are_replaced_in_training_always_by_the_same(tmp_path):
     assert data.num_bad_windows == 3
 
 
-def test_evaluation_keeps_flat_windows_and_masks_those_that_are_not_finite(tmp_path):
+def spoiling(read_into, *bad):
+    """`read_into` of a file whose windows `bad` have a value that is not finite."""
+
+    def spoilt(self, rows, windows):
+        read_into(self, rows, windows)
+        for row, window in zip(rows.tolist(), windows, strict=True):
+            if row in bad:
+                window[-1, 5] = np.nan if row % 2 else -np.inf
+
+    return spoilt
+
+
+def test_evaluation_keeps_flat_windows_and_masks_those_that_are_not_finite(tmp_path, monkeypatch):
     store = make_store(tmp_path / "s.h5", [(THREE, 5)], spoil=[2])
-    clean = store.read
-    store.read = lambda rows: np.where((rows == 3)[:, None, None], np.nan, clean(rows))
+    monkeypatch.setattr(WindowStore, "read_into", spoiling(WindowStore.read_into, 3))
     (batch,) = make_dataset(store, None, LoaderConfig(batch_size=5).for_evaluation())
     assert batch["window_mask"].tolist() == [True, True, True, False, True]
     assert batch["window_id"].tolist() == [0, 1, 2, 3, 4]
