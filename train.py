@@ -8,7 +8,10 @@ resume), `best` (the exported model of the lowest validation loss), `results.jso
 import dataclasses
 import json
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +22,7 @@ from configs.data import Windows, open_windows, resolve
 from configs.results import SHOWN, baseline_predictions, kind_of, predictions_of, print_table, save_predictions, score
 from configs.schema import differences
 from data_pipeline.loader import Batches
-from lumamba_jax.agreement import on_first
+from lumamba_jax.agreement import from_all_processes, on_first
 from lumamba_jax.checkpoint import (
     BEST_DIRECTORY,
     TrainCheckpoints,
@@ -34,27 +37,36 @@ from lumamba_jax.compilation import enable_compilation_cache
 from lumamba_jax.hosts import HostsConfig, any_process, code_version, connect, is_first, require_agreement, wait_for_all
 from lumamba_jax.micro_batches import blocks_per_device
 from lumamba_jax.optimizer import make_optimizer, make_schedule
+from lumamba_jax.run_clock import goodput_line
 from lumamba_jax.run_lock import RunLock
-from lumamba_jax.run_log import RunLog, StopRequest, write_json
+from lumamba_jax.run_log import write_json
+from lumamba_jax.session import Session
 from lumamba_jax.sharding import make_mesh, to_global
-from lumamba_jax.tasks import make_task
+from lumamba_jax.tasks import EMBEDDING, WINDOW_ERROR, make_task, step_flops
 from lumamba_jax.train_checkpoints import steps_in
 from lumamba_jax.training import (
+    WINDOW_FINITE,
+    Evaluation,
+    PerShape,
     Progress,
     TrainState,
     WarmStart,
     abstract_state,
     evaluate,
-    first_non_finite,
     init_state,
     is_head,
     make_eval_step,
     make_train_step,
+    mean_metrics,
+    non_finite_steps,
     select_pretrained,
 )
 
+STARTED = time.time()
+
 # Fields that may differ between a run and its continuation: they change nothing that is computed.
 MAY_CHANGE = ("trainer.resume", "trainer.stop_after", "trainer.run_dir", "trainer.log_every", "trainer.baseline")
+MAY_CHANGE += ("trainer.profile", "trainer.hang_seconds", "trainer.non_finite_limit")
 MAY_CHANGE += (
     "trainer.keep_checkpoints",
     "trainer.keep_every",
@@ -65,6 +77,19 @@ MAY_CHANGE += (
 )
 MAY_CHANGE += tuple(f"hosts.{field.name}" for field in dataclasses.fields(HostsConfig))
 STOPPED = 75  # exit status of a run that was asked to stop and is saved: start it again
+
+
+class _RollBackError(Exception):
+    """Go back to the newest checkpoint, because of a step that was not finite."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
+class _Programs(NamedTuple):
+    train: PerShape
+    validation: PerShape
 
 
 class Run:
@@ -116,7 +141,23 @@ class Run:
         """Run the loop; returns (finished, why it ended)."""
         trainer = self.config.trainer
         start = int(state.step)
+        if start >= self.total_steps or self._out_of_patience(progress):
+            return True, "this run was already finished"
         stop_at = min(self.total_steps, start + (trainer.stop_after or self.total_steps))
+        watched = {"start_step": start, "total_steps": self.total_steps, "mesh": self.mesh, "started": STARTED}
+        watched |= {"compute_dtype": self.config.model.compute_dtype, "silent": not is_first()}
+        with Session(self.directory, **watched, hang_seconds=trainer.hang_seconds, profile=trainer.profile) as session:
+            programs = self._programs(session)
+            while True:
+                try:
+                    return self._steps(session, programs, checkpoints, lock, state, progress, stop_at)
+                except _RollBackError as wanted:
+                    del state  # its buffers make room for those that are restored
+                    state, progress = self._back_to_checkpoint(session, checkpoints, progress, wanted)
+
+    def _programs(self, session: Session) -> "_Programs":
+        """The compiled steps; each says when it compiles."""
+        trainer = self.config.trainer
         train_step = make_train_step(
             self.config.model,
             self.task,
@@ -125,64 +166,156 @@ class Run:
             seed=trainer.seed,
             freeze_encoder=trainer.freeze_encoder,
             micro_batch=trainer.micro_batch,
+            skip_non_finite=trainer.non_finite == "skip",
         )
-        pending: dict[int, dict[str, jax.Array]] = {}
-        settings = {"total_steps": self.total_steps, "start_step": start, "silent": not is_first()}
-        with RunLog(self.directory, **settings) as log, StopRequest() as stop:
-            if start >= self.total_steps or self._out_of_patience(progress):
-                return True, "this run was already finished"
-            for step, host_batch in enumerate(self.train_batches.iterate(start, stop_at), start + 1):
-                batch = to_global(host_batch, self.mesh)
-                with jax.transfer_guard("disallow"):
-                    state, pending[step] = train_step(state, batch)
-                log.advance(step)
-                validates = step % self.validate_every == 0 or step == self.total_steps
-                logs = step % trainer.log_every == 0 or validates or step == stop_at
-                # A signal reaches one host: all leave at the same step, and ask each other where they meet anyway.
-                asked = stop.requested if jax.process_count() == 1 else logs and any_process(flag=stop.requested)
-                leaves = step == stop_at or asked
-                if logs or leaves:
-                    self._record(log, pending, step)
-                if validates or leaves:
-                    with on_first() as first:
-                        if first:
-                            lock.check()
-                if validates:
-                    self._validate(log, state, progress, step)
-                finished = step == self.total_steps or self._out_of_patience(progress)
-                if validates or leaves:
+        report_train = session.compiled("training step", len(self.train_batches.shapes), timed=True)
+        shapes = self.evaluation_batches["validation"].shapes
+        report_validation = session.compiled("validation step", len(shapes), timed=False)
+        return _Programs(PerShape(train_step, report_train), PerShape(self.eval_step, report_validation))
+
+    def _steps(
+        self,
+        session: Session,
+        programs: "_Programs",
+        checkpoints: TrainCheckpoints,
+        lock: RunLock,
+        state: TrainState,
+        progress: Progress,
+        stop_at: int,
+    ) -> tuple[bool, str]:
+        """Steps from `state` to `stop_at`, or to a stop request. Raises _RollBackError as `non_finite` says."""
+        start, passed = int(state.step), progress.passed_over
+        batches = self.train_batches.iterate(start + passed, stop_at + passed)
+        for step, host_batch in session.steps(batches, start + 1):
+            batch = to_global(host_batch, self.mesh)
+            with jax.transfer_guard("disallow"):
+                state, metrics = programs.train(state, batch)
+            session.dispatched(step, metrics, **self._work_of(host_batch, batch))
+            validates = step % self.validate_every == 0 or step == self.total_steps
+            logs = step % self.config.trainer.log_every == 0 or validates or step == stop_at
+            # A signal reaches one host: all leave at the same step, and ask each other where they meet anyway.
+            asked = session.stop.requested
+            if jax.process_count() > 1:
+                asked = logs and any_process(flag=asked)
+            leaves = step == stop_at or asked
+            if logs or leaves:
+                self._record(session, progress, step)
+            if validates or leaves:
+                with on_first() as first:
+                    if first:
+                        lock.check()
+            if validates:
+                with session.clock.phase("validation"):
+                    self._validate(session, programs, state, progress, step)
+            finished = step == self.total_steps or self._out_of_patience(progress)
+            if validates or leaves:
+                with session.clock.phase("checkpoint"):
                     checkpoints.save(step, state, progress.to_json())
-                if finished:
-                    return True, f"finished after {step} steps"
-                if leaves:
-                    return False, f"stopped and saved at step {step} of {self.total_steps}: continue with resume"
+            if finished:
+                return True, f"finished after {step} steps"
+            if leaves:
+                return False, f"stopped and saved at step {step} of {self.total_steps}: continue with resume"
         raise AssertionError("the loop ends at stop_at")
 
-    def _record(self, log: RunLog, pending: dict[int, dict[str, jax.Array]], step: int) -> None:
-        """Fetch and log the metrics since the last time (means over steps); refuse to go on from a non-finite loss."""
-        fetched = jax.device_get(pending)
-        pending.clear()
-        bad = first_non_finite({k: float(metrics["loss"]) for k, metrics in fetched.items()})
-        if bad is not None:
-            raise FloatingPointError(
-                f"the loss of step {bad} is not finite: lower optimizer.lr or set optimizer.clip_grad_norm; "
-                f"checkpoints in {self.directory}, if any, are from before that step"
-            )
-        means = {name: float(np.mean([m[name] for m in fetched.values()])) for name in fetched[step]}
-        optimizer = self.config.optimizer
-        rate = self.rate((step - 1) // optimizer.accumulation, optimizer.lr)
-        log.write(step, "train", means | {"learning_rate": float(rate)})
-        log.advance(step, means["loss"])
+    def _work_of(self, host_batch: Mapping[str, np.ndarray], batch: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """Windows, model FLOPs and common montage of a batch, for the session's figures."""
+        rows, channels, samples = batch["signal"].shape
+        flops = rows * step_flops(self.config.task, self.config.model, channels, samples)
+        one_montage = self.config.loader.grouping == "montage" and self.windows.has_several_montages
+        group = self.windows.montage_names_of(host_batch["window_id"][:1])[0] if one_montage else ""
+        return {"windows": rows, "flops": flops, "group": str(group)}
 
-    def _validate(self, log: RunLog, state: TrainState, progress: Progress, step: int) -> None:
-        evaluation = evaluate(self.eval_step, state.params, self.evaluation_batches["validation"], self.mesh)
+    def _record(self, session: Session, progress: Progress, step: int) -> None:
+        """Fetch the metrics since the last time, act on steps that are not finite, and log means over steps."""
+        fetched, groups = session.fetch()
+        if bad := non_finite_steps(fetched):
+            self._act_on_non_finite(session, progress, {k: fetched[k][WINDOW_FINITE] for k in bad})
+        means = mean_metrics(fetched)
+        for group in sorted({name for name in groups.values() if name}):
+            own = {k: metrics for k, metrics in fetched.items() if groups[k] == group}
+            means[f"loss/{group}"] = mean_metrics(own)["loss"]
+        if self.config.trainer.non_finite == "skip":
+            means["skipped_steps"] = progress.skipped_steps
+        optimizer = self.config.optimizer
+        means["learning_rate"] = float(self.rate((step - 1) // optimizer.accumulation, optimizer.lr))
+        session.record(step, means)
+
+    def _act_on_non_finite(self, session: Session, progress: Progress, finite: Mapping[int, np.ndarray]) -> None:
+        """Name the windows of the steps `finite` tells of, and skip, roll back or end as the configuration says.
+
+        Raises: _RollBackError, or FloatingPointError when the run must not go on.
+        """
+        trainer, first = self.config.trainer, min(finite)
+        named = {step: self._blamed(step, progress, windows) for step, windows in finite.items()}
+        for step, text in named.items():
+            session.log.write_performance({"event": "non_finite", "step": step, "windows": text})
+        found = f"the loss of step {first} (or its gradient) is not finite: {named[first]}"
+        advice = "lower optimizer.lr or set optimizer.clip_grad_norm"
+        if trainer.non_finite == "stop":
+            raise FloatingPointError(f"{found}; {advice}, or let trainer.non_finite skip such steps. Checkpoints in "
+                                     f"{self.directory}, if any, are from before that step")  # fmt: skip
+        if trainer.non_finite == "skip":
+            progress.skipped_steps += len(finite)
+        count = progress.skipped_steps if trainer.non_finite == "skip" else progress.rollbacks + 1
+        session.log.say(f"{found}: {'skipped' if trainer.non_finite == 'skip' else 'rolling back'} ({count} so far)")
+        if count > trainer.non_finite_limit:
+            raise FloatingPointError(f"{found}; that is more than trainer.non_finite_limit "
+                                     f"({trainer.non_finite_limit}) allows: {advice}")  # fmt: skip
+        if trainer.non_finite == "rollback":
+            raise _RollBackError(first)
+
+    def _blamed(self, step: int, progress: Progress, finite: np.ndarray) -> str:
+        """The windows whose own terms were not finite, or all when only the gradient of their sum was not."""
+        own = self.train_batches.batch(step - 1 + progress.passed_over)["window_id"].tolist()
+        ids = np.concatenate([json.loads(text) for text in from_all_processes(json.dumps(own))])
+        if finite.all():
+            return f"no window by itself, but the gradient of windows {', '.join(map(str, sorted(ids)))}"
+        places = [self.train_batches.locate(int(i)) for i in sorted(ids[~finite])]
+        return ", ".join(f"window {row} of {self.windows.stores[number].path.name}" for number, row in places)
+
+    def _back_to_checkpoint(
+        self, session: Session, checkpoints: TrainCheckpoints, progress: Progress, wanted: "_RollBackError"
+    ) -> tuple[TrainState, Progress]:
+        """The newest state from before a step that is not finite, and the batches from there to it passed over."""
+        if checkpoints.latest_step is None:
+            raise FloatingPointError(
+                f"the loss of step {wanted.step} is not finite, and there is no checkpoint to go back to yet"
+            )
+        state, saved = checkpoints.restore(abstract_state(self.config.model, self.optimizer, self.mesh))
+        back = dataclasses.replace(
+            Progress(**saved),
+            rollbacks=progress.rollbacks + 1,
+            passed_over=progress.passed_over + wanted.step - int(state.step),
+        )
+        session.rewind(int(state.step))
+        return state, back
+
+    def _validate(
+        self, session: Session, programs: "_Programs", state: TrainState, progress: Progress, step: int
+    ) -> None:
+        batches = self.evaluation_batches["validation"]
+        evaluation = evaluate(programs.validation, state.params, batches, self.mesh)
         metrics = self.task.summarize(evaluation.outputs, evaluation.label)
-        log.write(step, "validation", metrics)
+        session.log.write(step, "validation", metrics | self._losses_by_montage(evaluation))
         best = progress.update(metrics["loss"], step)
         if best:
             save_pretrained(self.directory / BEST_DIRECTORY, self.config.model, state.params, self._provenance(step))
         shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
-        log.say(f"step {step}/{self.total_steps}  validation {shown}{'  (best)' if best else ''}")
+        session.log.say(f"step {step}/{self.total_steps}  validation {shown}{'  (best)' if best else ''}")
+        session.alive()
+
+    def _losses_by_montage(self, evaluation: Evaluation) -> dict[str, float]:
+        """The loss of each montage's windows; in pre-training the error of their own hidden samples, if any."""
+        if not self.windows.has_several_montages:
+            return {}
+        names, found = self.windows.montage_names_of(evaluation.window_id), {}
+        for name in np.unique(names):
+            rows = names == name
+            outputs = {k: v[rows] for k, v in evaluation.outputs.items() if len(v) == len(rows) and k != EMBEDDING}
+            label = None if evaluation.label is None else evaluation.label[rows]
+            metrics = self.task.summarize(outputs, label)
+            found[f"loss/{name}"] = metrics.get(WINDOW_ERROR, metrics["loss"])
+        return found
 
     def _out_of_patience(self, progress: Progress) -> bool:
         patience = self.config.trainer.patience
@@ -286,6 +419,7 @@ def run(config: ExperimentConfig) -> bool:
             finished, ending = session.train(checkpoints, lock, *session.start(checkpoints, warm))
         if is_first():
             print(f"{session.directory}: {ending}")
+            print(goodput_line(session.directory))
         if finished:
             wait_for_all("the best model is written")
             results = session.score_best()

@@ -31,7 +31,7 @@ class DataConfig:
     """Which windows are trained on, and how subjects are divided.
 
     Attributes:
-        train: window stores (HDF5) to train on.
+        train: window stores to train on: HDF5 files, ArrayRecord folders, or folders of such stores.
         validation: stores used for validation as they are; empty = subjects are split off from `train`.
         test: stores for the test at the end; empty = the test fold or the test fraction of `train`, if any.
         validation_fraction: share of the (remaining) subjects for validation.
@@ -85,6 +85,12 @@ class TrainerConfig:
         keep_checkpoints: how many train states are retained, 2 or more to fall back on when one is damaged; the best
             model is always kept in `best`.
         keep_every: train states of steps that are a multiple of it are retained as well.
+        non_finite: what happens at a step whose loss or gradient is not finite. "stop" = the run ends with status 1;
+            "skip" = the step leaves parameters and optimizer as they were; "rollback" = back to the newest checkpoint,
+            and past the batches from there to that step. The windows are named in any case.
+        non_finite_limit: the run ends after more skipped steps (or rollbacks) than this.
+        hang_seconds: print the stacks of all threads when no step is done for so long; None = never.
+        profile: write a trace of so many steps to `profile/` (TensorBoard, XProf), after two steps of warming up.
         stop_after: end this session after so many steps, saved and ready to be resumed; None = at the end.
         init_from: exported model (converted, or `best` of a run, or the run itself) whose encoder is loaded.
         resume: continue the run in `run_dir` where it stopped (or start it, when it never was).
@@ -102,6 +108,10 @@ class TrainerConfig:
     patience: int | None = None
     keep_checkpoints: int = 2
     keep_every: int | None = None
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    non_finite_limit: int = 20
+    hang_seconds: float | None = 1800.0
+    profile: int | None = None
     stop_after: int | None = None
     init_from: str = ""
     resume: bool = False
@@ -110,7 +120,7 @@ class TrainerConfig:
 
     def __post_init__(self):
         names = ("epochs", "steps", "log_every", "validate_every", "patience", "stop_after", "keep_checkpoints")
-        for name in (*names, "micro_batch", "keep_every"):
+        for name in (*names, "micro_batch", "keep_every", "profile", "hang_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"trainer: {name} must be at least 1, not {value}")

@@ -65,6 +65,25 @@ ACCELERATORS: Mapping[str, Accelerator] = {
 }
 
 
+# `jax.Device.device_kind` -> name; JAX calls v5e and v6e "lite".
+_KINDS = (
+    (r"tpu v4\b", "v4"),
+    (r"tpu v5 ?(lite|e)\b", "v5e"),
+    (r"tpu v5p?\b", "v5p"),
+    (r"tpu v6 ?(lite|e)\b", "v6e"),
+    (r"\ba100\b", "a100"),
+    (r"\bh100\b", "h100"),
+    (r"\bh200\b", "h200"),
+)
+
+
+def documented(device_kind: str) -> Accelerator | None:
+    """The accelerator that JAX calls `device_kind` ("TPU v5 lite", "NVIDIA H200"); None when it is not in the table."""
+    found = (name for pattern, name in _KINDS if re.search(pattern, device_kind.lower()))
+    name = next(found, None)
+    return None if name is None else ACCELERATORS[name]
+
+
 @dataclass(frozen=True)
 class Topology:
     """Chips of one kind, connected: `shape` is the slice's for TPUs, `(n,)` for n GPUs of one node."""

@@ -27,7 +27,7 @@ _STAGE_OF = {
     "norm": "temporal encoder",
     "head": "head",
 }
-_NUMERICS = ("architecture", "head", "num_outputs", "output_channels", "compute_dtype", "scan_implementation")
+_NUMERICS = ("architecture", "head", "num_outputs", "output_channels", "compute_dtype", "scan_implementation", "remat")
 _TRAINING = ("dropout", "head_dropout", "drop_path")
 
 

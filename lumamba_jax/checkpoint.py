@@ -72,6 +72,7 @@ _NOT_ENCODER = (
     "head_dropout",
     "compute_dtype",
     "scan_implementation",
+    "remat",
 )
 
 

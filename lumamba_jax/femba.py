@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lumamba_jax.heads import EncoderOutput, HeadConfig, ModelOutput, classifier
-from lumamba_jax.layers import Dtypes, LayerNorm, uniform_fan_in
+from lumamba_jax.layers import Dtypes, LayerNorm, rematerialized, uniform_fan_in
 from lumamba_jax.mamba import Bidirectional, BiMamba, MambaConfig
 
 Stages = dict[str, Array]
@@ -257,7 +257,10 @@ class Femba(nnx.Module):
             stages["patch_embed"] = x
         x = x + self.pos_embed[...].astype(x.dtype)[None]
         for i, block in enumerate(self.blocks):
-            x = block(x, stages=stages, prefix=f"block{i}.")
+            if stages is None:
+                x = rematerialized(FembaBlock.__call__, self.config.remat)(block, x)
+            else:
+                x = block(x, stages=stages, prefix=f"block{i}.")
         if stages is not None:
             stages["latent"] = x
         return EncoderOutput(x)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lumamba_jax.attention import MultiHeadAttention, TransformerLayer
-from lumamba_jax.layers import Dtypes, LayerNorm, Mlp, gelu, linear
+from lumamba_jax.layers import Dtypes, LayerNorm, Mlp, Remat, gelu, linear
 from lumamba_jax.mamba import MambaBlock, MambaConfig
 from lumamba_jax.scan import ScanImplementation
 
@@ -35,6 +35,7 @@ class HeadConfig:
             classes per channel, `(B, channels, num_outputs)`.
         compute_dtype: activations and products. Scan, softmax, norms and positions stay in float32 under bfloat16.
         scan_implementation: see `selective_scan`.
+        remat: what the backward pass computes again instead of keeping it (`layers.rematerialized`).
     """
 
     head: Head = "reconstruction"
@@ -42,8 +43,11 @@ class HeadConfig:
     output_channels: int | None = None
     compute_dtype: ComputeDtype = "float32"
     scan_implementation: ScanImplementation = "auto"
+    remat: Remat = "none"
 
     def __post_init__(self):
+        if self.remat not in get_args(Remat):
+            raise ValueError(f"model config: remat {self.remat!r} is unknown: choose one of {get_args(Remat)}")
         if self.head not in get_args(Head):
             raise ValueError(f"model config: head {self.head!r} is unknown: choose one of {get_args(Head)}")
         if self.classifies and self.num_outputs is None and self.output_channels is None:

@@ -6,6 +6,7 @@ Every LayerNorm of the family has eps 1e-5 and every GELU is the exact (erf) for
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from jaxtyping import Array, Float
 NORM_EPSILON = 1e-5
 
 Initializer = Callable[..., Array]
+Remat = Literal["none", "blocks", "products"]
+"""What the backward pass computes again: nothing, whole blocks, or all of a block but its products of matrices."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,19 @@ class Dtypes:
             )
         params = jnp.float64 if compute_dtype == "float64" else jnp.float32
         return cls(jnp.dtype(compute_dtype), jnp.dtype(params))
+
+
+def rematerialized(call: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
+    """`call(block, x, ...)`, positional, of a temporal block, which keeps for its backward pass what `remat` says.
+
+    "none" keeps all activations; "blocks" keeps only the input of the block and computes the rest again (about a third
+    more work, memory no longer grows with what is inside a block); "products" keeps the results of products with
+    weights too, and computes again what is cheap: norms, activations, gates, the scan.
+    """
+    if remat == "none":
+        return call
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None
+    return nnx.remat(lambda *arguments: call(*arguments), policy=policy)  # NNX takes no keyword-only parameters
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from lumamba_jax.layers import Dtypes, LayerNorm
+from lumamba_jax.layers import Dtypes, LayerNorm, rematerialized
 from lumamba_jax.long_windows import LONG, block_in_parts, pad_to_parts, part_size
 from lumamba_jax.mamba import Bidirectional, BiMamba, MambaConfig
 from lumamba_jax.montage_model import MontageConfig, MontageModel, make_head
@@ -106,5 +106,8 @@ class LuMamba(MontageModel):
                 x = block_in_parts(block.norm, block.mamba, x, valid, part=part)
             return x[:, :patches]
         for i, block in enumerate(self.blocks):
-            x = block(x, patch_mask, stages=stages, prefix=f"block{i}.")
+            if stages is None:
+                x = rematerialized(LuMambaBlock.__call__, self.config.remat)(block, x, patch_mask)
+            else:
+                x = block(x, patch_mask, stages=stages, prefix=f"block{i}.")
         return x

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from lumamba_jax.attention import attend
-from lumamba_jax.layers import Dtypes, LayerNorm, Mlp, drop_path, linear
+from lumamba_jax.layers import Dtypes, LayerNorm, Mlp, drop_path, linear, rematerialized
 from lumamba_jax.montage_model import MontageConfig, MontageModel, make_head
 
 ROTARY_BASE = 10000.0
@@ -125,6 +125,12 @@ class LunaBlock(nnx.Module):
         return x
 
 
+def _apply(
+    block: LunaBlock, x: Float[Array, "B S M"], patch_mask: Bool[Array, "B S"] | None, rngs: nnx.Rngs | None
+) -> Float[Array, "B S M"]:
+    return block(x, patch_mask, rngs=rngs)
+
+
 class Luna(MontageModel):
     """The full model; calling convention in `MontageModel`."""
 
@@ -145,5 +151,8 @@ class Luna(MontageModel):
     ) -> Float[Array, "B S M"]:
         """Blocks over time, then the final LayerNorm."""
         for i, block in enumerate(self.blocks):
-            x = block(x, patch_mask, rngs=rngs, stages=stages, prefix=f"block{i}.")
+            if stages is None:
+                x = rematerialized(_apply, self.config.remat)(block, x, patch_mask, rngs)
+            else:
+                x = block(x, patch_mask, rngs=rngs, stages=stages, prefix=f"block{i}.")
         return self.norm(x)

@@ -15,14 +15,15 @@ devices, because the gradient of the scan walks over the rows of the batch.) Eve
 no draw depends on blocks or devices, but for dropout: its key is folded with the number of the block in the batch.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lumamba_jax.architectures import Model
 from lumamba_jax.compilation import CPU_BATCH_BLOCK
@@ -34,6 +35,15 @@ Windows = tuple[Int[Array, "blocks"], Batch, Draws]
 """Numbers of blocks, and what each of their windows is computed from."""
 
 _SHARED, _ROWS = PartitionSpec(), PartitionSpec(BATCH_AXES)
+
+
+class Gradient(NamedTuple):
+    """Of one batch: loss, metrics, gradient, and which windows contributed nothing but finite numbers."""
+
+    loss: Float[Array, ""]
+    metrics: Metrics
+    gradient: nnx.State
+    finite: Bool[Array, "B"]
 
 
 def blocks_per_device(rows: int, micro_batch: int | None, mesh: Mesh) -> int:
@@ -68,7 +78,7 @@ def value_and_gradient(
     *,
     blocks: int,
     mesh: Mesh,
-) -> tuple[Float[Array, ""], Metrics, nnx.State]:
+) -> Gradient:
     """Loss, metrics and gradient of `task.loss`, summed in the dtype of the parameters (float32, or float64).
 
     Args:
@@ -80,10 +90,6 @@ def value_and_gradient(
         blocks: from `blocks_per_device`.
         mesh: where the batch lies.
     """
-    if blocks == 1 and mesh.size == 1:
-        found = jax.value_and_grad(lambda p: task.loss(model_of(p), batch, keys), has_aux=True)(params)
-        (loss, metrics), gradient = found
-        return loss, metrics, gradient
     draws = task.draw(batch, keys, training=True)
     windows = jnp.arange(blocks * mesh.size), dict(batch), draws.of_windows()
 
@@ -91,15 +97,24 @@ def value_and_gradient(
         numbers, batch, draws = block
         return task.window_terms(model_of(params), batch, draws, dropout_stream(jax.random.fold_in(key, numbers[0])))
 
+    def of_all(params: nnx.State, key: Key[Array, ""], block: Windows) -> Terms:
+        return task.window_terms(model_of(params), *block[1:], dropout_stream(key))
+
     def objective_of(terms: Terms) -> tuple[Float[Array, ""], Metrics]:
         return task.objective(terms, batch, draws)
 
     key = keys["dropout"]
     if blocks == 1:
-        spread = _over_devices(terms_of, mesh, (_SHARED, _SHARED, _ROWS), _ROWS)
-        found = jax.value_and_grad(lambda p: objective_of(spread(p, key, windows)), has_aux=True)(params)
-        (loss, metrics), gradient = found
-        return loss, metrics, gradient
+        # One device needs no partition, and draws its dropout as `Task.loss` does.
+        spread = _over_devices(terms_of, mesh, (_SHARED, _SHARED, _ROWS), _ROWS) if mesh.size > 1 else of_all
+
+        def whole(params: nnx.State) -> tuple[Float[Array, ""], tuple[Metrics, Bool[Array, "B"]]]:
+            terms = spread(params, key, windows)
+            loss, metrics = objective_of(terms)
+            return loss, (metrics, finite_windows(terms))
+
+        (loss, (metrics, finite)), gradient = jax.value_and_grad(whole, has_aux=True)(params)
+        return Gradient(loss, metrics, gradient, finite)
 
     def curved_terms(params: nnx.State, key: Key[Array, ""], windows: Windows) -> Terms:
         def of_block(block: Windows) -> Terms:
@@ -125,8 +140,13 @@ def value_and_gradient(
     slope = jax.grad(lambda terms: objective_of(terms)[0])(point)
     pull = _over_devices(pulled_back, mesh, (_SHARED, _SHARED, _ROWS, _ROWS), (_SHARED, _ROWS))
     gradient, terms = pull(params, key, windows, slope)
-    loss, metrics = objective_of(terms)
-    return loss, metrics, gradient
+    return Gradient(*objective_of(terms), gradient, finite_windows(terms))
+
+
+def finite_windows(terms: Terms) -> Bool[Array, "B"]:
+    """Which windows have finite terms only."""
+    each = [jnp.isfinite(term).reshape(term.shape[0], -1).all(axis=1) for term in terms.values()]
+    return functools.reduce(jnp.logical_and, each)
 
 
 def evaluation(

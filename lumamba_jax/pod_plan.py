@@ -44,13 +44,12 @@ from configs import ExperimentConfig
 from lumamba_jax import hlo_costs
 from lumamba_jax.accelerators import GIB, Topology, parse_topology
 from lumamba_jax.checkpoint import abstract_params
-from lumamba_jax.flops import forward_flops
 from lumamba_jax.hlo_costs import Collective
 from lumamba_jax.micro_batches import blocks_per_device
 from lumamba_jax.optimizer import make_optimizer
 from lumamba_jax.run_log import write_json
 from lumamba_jax.sharding import batch_sharding, make_mesh
-from lumamba_jax.tasks import make_task
+from lumamba_jax.tasks import make_task, passes_flops, step_flops
 from lumamba_jax.training import abstract_state, is_head, make_train_step
 
 HOURS = 21_787.0
@@ -246,29 +245,16 @@ def _abstract_batch(config: ExperimentConfig, window: Window, mesh: jax.sharding
 
 
 def model_flops(config: ExperimentConfig, window: Window) -> float:
-    """Of one window in one training step: three times those of its forward passes, views included."""
-    return 3.0 * sum(_forward_passes(config, window))
+    """Of one window in one training step (`tasks.step_flops`)."""
+    return step_flops(config.task, config.model, *window)
 
 
 def executed_flops(config: ExperimentConfig, window: Window, chips: int) -> float:
     """Those of `model_flops`, and the views once more where windows go block by block (`micro_batches`)."""
-    views = _forward_passes(config, window)[1]
+    views = passes_flops(config.task, config.model, *window)[1]
     own = config.loader.batch_size // chips
     in_blocks = config.trainer.micro_batch not in (None, own)
     return model_flops(config, window) + in_blocks * views
-
-
-def _forward_passes(config: ExperimentConfig, window: Window) -> tuple[int, int]:
-    """FLOPs of a window's reconstruction (or supervised) pass, and of its views."""
-    model, task = config.model, config.task
-    whole = sum(forward_flops(model, *window).values())
-    if task.kind != "pretrain" or task.objective == "reconstruction":
-        return whole, 0
-    views = 0
-    for count, patches in ((task.local_views, task.local_patches), (task.global_views, task.global_patches)):
-        stages = forward_flops(model, window.channels, patches * model.patch_size)
-        views += count * (sum(stages.values()) - stages["head"])
-    return (0 if task.objective == "lejepa" else whole), views
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+PERFORMANCE_FILE = "performance.jsonl"
+_CHARTS = ("step_seconds", "windows_per_second", "tflops", "mfu", "input_share", "peak_bytes_per_device")
 
 
 class RunLog:
@@ -20,7 +22,8 @@ class RunLog:
 
     `metrics.jsonl` holds one object per line: `step`, `split` ("train", "validation") and the metrics. A resumed
     run drops the lines after the step it continues from (and one that a killed process left half written), so that its
-    file is that of the unbroken run. With `silent` (every process of a run but the first) nothing is written or shown.
+    file is that of the unbroken run. `performance.jsonl` (`run_clock`) grows over all sessions. With `silent` (every
+    process of a run but the first) nothing is written or shown.
     """
 
     def __init__(self, run_dir: Path, *, total_steps: int, start_step: int = 0, silent: bool = False):
@@ -28,8 +31,7 @@ class RunLog:
         self._writer: SummaryWriter | None = None
         if not silent:
             run_dir.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in self._lines() if _step_of(line) <= start_step] if start_step else []
-            _replace(self._path, "".join(f"{line}\n" for line in kept))
+            self._keep_lines(start_step)
             self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step or None)
         self.console = Console(stderr=True, quiet=silent)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -49,10 +51,25 @@ class RunLog:
             if value is not None:
                 self._writer.add_scalar(f"{split}/{name}", value, step)
 
-    def advance(self, step: int, loss: float | None = None) -> None:
-        """Move the bar; `loss`, when known, is shown beside it."""
-        description = None if loss is None else f"loss {loss:.4f}"
-        self._progress.update(self._bar, completed=step, description=description)
+    def write_performance(self, line: Mapping[str, Any]) -> None:
+        """Append a line of `run_clock`, and draw its figures."""
+        if self._writer is None:
+            return
+        with (self._path.parent / PERFORMANCE_FILE).open("a") as file:
+            file.write(json.dumps(_finite(line)) + "\n")
+        for name in _CHARTS:
+            if line.get(name) is not None:
+                self._writer.add_scalar(f"performance/{name}", line[name], line["step"])
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics after `step`: the run went back to it."""
+        if self._writer is not None:
+            self._keep_lines(step)
+        self._progress.update(self._bar, completed=step)
+
+    def advance(self, step: int, shown: str | None = None) -> None:
+        """Move the bar; `shown` stands beside it until the next one."""
+        self._progress.update(self._bar, completed=step, description=shown)
 
     def say(self, text: str) -> None:
         """Print a line above the bar (standard error)."""
@@ -67,8 +84,9 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
 
-    def _lines(self) -> list[str]:
-        return self._path.read_text().splitlines() if self._path.is_file() else []
+    def _keep_lines(self, step: int) -> None:
+        lines = self._path.read_text().splitlines() if self._path.is_file() and step else []
+        _replace(self._path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
 
 class StopRequest:

@@ -19,15 +19,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lumamba_jax import losses, masking, metrics, normalization
+from lumamba_jax import losses, masking, metrics, normalization, representation
 from lumamba_jax.architectures import Model, ModelConfig
 from lumamba_jax.femba import FembaConfig
+from lumamba_jax.flops import forward_flops
 from lumamba_jax.heads import ModelOutput
 
 Batch = Mapping[str, Array]
 Keys = Mapping[str, Key[Array, ""]]
 Metrics = dict[str, Float[Array, ""]]
 Terms = dict[str, Float[Array, "B ..."]]
+EMBEDDING, WINDOW_ERROR = "embedding", "window_error"
+"""Outputs of an evaluation in pre-training: embedding of a window, mean error of its own hidden samples."""
 Objective = Literal["reconstruction", "lejepa", "mixed"]
 Normalization = Literal["channel_zscore", "iqr", "fixed_affine", "none"]
 
@@ -173,6 +176,23 @@ def make_task(config: TaskConfig, model: ModelConfig, class_weights: np.ndarray 
     return Classify(config, class_weights) if config.kind == "classify" else Regress(config)
 
 
+def passes_flops(config: TaskConfig, model: ModelConfig, num_channels: int, num_samples: int) -> tuple[int, int]:
+    """FLOPs of the forward passes of one window: of its reconstruction (or its logits), and of its views."""
+    whole = sum(forward_flops(model, num_channels, num_samples).values())
+    if config.kind != "pretrain" or config.objective == "reconstruction":
+        return whole, 0
+    views = 0
+    for count, patches in ((config.local_views, config.local_patches), (config.global_views, config.global_patches)):
+        stages = forward_flops(model, num_channels, patches * model.patch_size)
+        views += count * (sum(stages.values()) - stages["head"])
+    return (0 if config.objective == "lejepa" else whole), views
+
+
+def step_flops(config: TaskConfig, model: ModelConfig, num_channels: int, num_samples: int) -> float:
+    """Model FLOPs of one window in one training step: three times those of its forward passes, views included."""
+    return 3.0 * sum(passes_flops(config, model, num_channels, num_samples))
+
+
 def normalize(batch: Batch, how: Normalization) -> Float[Array, "B C T"]:
     """The signal of a batch as the model sees it: microvolts -> normalised, padding exactly 0."""
     channel_mask, patch_mask = batch.get("channel_mask"), batch.get("patch_mask")
@@ -288,18 +308,34 @@ class Pretrain(Task):
         return losses.pretraining_total(reconstruction, query, lejepa, lejepa_weight=config.lejepa_weight), metrics
 
     def window_outputs(self, model: Model, batch: Batch, draws: Draws) -> Terms:
-        """The terms of the objective."""
-        return self.window_terms(model, batch, draws, None)
+        """The terms of the objective, and the embedding of the whole visible window `(B, M)`."""
+        signal, patch_mask = normalize(batch, self._config.normalization), batch["patch_mask"]
+        latent = model.encode(
+            signal, batch["locations"], channel_mask=batch["channel_mask"], patch_mask=patch_mask
+        ).latent
+        padded = patch_mask.shape[1] == latent.shape[1]  # a fixed grid (FEMBA) has steps of its own and no padding
+        embedding = losses.view_embeddings(latent[None], patch_mask[None] if padded else None)[0]
+        return self.window_terms(model, batch, draws, None) | {EMBEDDING: embedding}
 
-    def outputs(self, found: Terms, batch: Batch, draws: Draws) -> dict[str, Float[Array, "B"]]:
-        """The losses of the batch, repeated for each of its windows."""
+    def outputs(self, found: Terms, batch: Batch, draws: Draws) -> Terms:
+        """The losses of the batch, repeated for each of its windows; each window's own error and embedding."""
         total, terms = self.objective(found, batch, draws)
         rows = batch["signal"].shape[0]
-        return {name: jnp.broadcast_to(value, (rows,)) for name, value in {"loss": total, **terms}.items()}
+        outputs = {name: jnp.broadcast_to(value, (rows,)) for name, value in {"loss": total, **terms}.items()}
+        if self._reconstructs:
+            hidden = self._counted_samples(batch, draws).hidden
+            samples = jnp.sum(hidden, axis=tuple(range(1, hidden.ndim)))
+            outputs[WINDOW_ERROR] = found["masked"] / jnp.maximum(samples, 1)
+        return outputs | {EMBEDDING: found[EMBEDDING]}
 
     def summarize(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray | None = None) -> dict[str, float]:  # noqa: ARG002
-        """Means over windows: batch losses weighted by the number of real windows."""
-        return {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
+        """Means over windows (batch losses weighted by the number of real windows), and the use of the latent space."""
+        found = {name: float(np.mean(v, dtype=np.float64)) for name, v in outputs.items() if name != EMBEDDING}
+        if EMBEDDING in outputs:
+            embeddings = outputs[EMBEDDING]
+            found["effective_rank"] = representation.effective_rank(embeddings)
+            found["isotropy"] = representation.isotropy(embeddings)
+        return found
 
     def _counted_samples(self, batch: Batch, draws: Draws) -> losses.CountedSamples:
         """The samples that are compared: FEMBA reconstructs whole patches only and may leave a remainder."""

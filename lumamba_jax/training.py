@@ -8,6 +8,7 @@ over all devices.
 
 import functools
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -18,17 +19,19 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from lumamba_jax.architectures import Model, ModelConfig, abstract_model, build
 from lumamba_jax.checkpoint import abstract_params, named_leaves
 from lumamba_jax.compilation import compiler_options
 from lumamba_jax.masking import STREAMS, stream_key
 from lumamba_jax.micro_batches import blocks_per_device, evaluation, value_and_gradient
+from lumamba_jax.representation import MOST_EMBEDDINGS
 from lumamba_jax.sharding import batch_sharding, replicated, state_shardings, to_global
-from lumamba_jax.tasks import Task
+from lumamba_jax.tasks import EMBEDDING, Task
 
 Keys = dict[str, Key[Array, ""]]
+WINDOW_FINITE = "window_finite"
 
 
 class TrainState(NamedTuple):
@@ -133,8 +136,13 @@ def make_train_step(
     seed: int,
     freeze_encoder: bool = False,
     micro_batch: int | None = None,
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    skip_non_finite: bool = False,
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """Compile `(state, batch) -> (state, metrics)`; the given state's buffers are donated, the metrics stay on device.
+
+    Metrics are scalars: `loss`, `grad_norm`, `update_norm`, `finite` (loss and gradient are), and the task's; and
+    `WINDOW_FINITE (B,)`, False for the windows whose own terms of the loss are not finite. With `skip_non_finite` such
+    a step counts, but leaves parameters and optimizer as they were.
 
     A frozen encoder is excluded from the backward pass here and from the update by the optimizer's own mask. Each
     device works through its windows `micro_batch` at a time, None as `micro_batches.blocks_per_device` says; that
@@ -151,10 +159,15 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         keys = step_keys(seed, state.step)
         blocks = blocks_per_device(batch["signal"].shape[0], micro_batch, mesh)
-        loss, metrics, grads = value_and_gradient(task, model_of, state.params, batch, keys, blocks=blocks, mesh=mesh)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        found = value_and_gradient(task, model_of, state.params, batch, keys, blocks=blocks, mesh=mesh)
+        updates, opt_state = optimizer.update(found.gradient, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+        norms = {"grad_norm": optax.global_norm(found.gradient), "update_norm": optax.global_norm(updates)}
+        finite = jnp.isfinite(found.loss) & jnp.isfinite(norms["grad_norm"])
+        if skip_non_finite:
+            kept = functools.partial(jnp.where, finite)
+            params, opt_state = jax.tree.map(kept, (params, opt_state), (state.params, state.opt_state))
+        metrics = {"loss": found.loss, **norms, "finite": finite, WINDOW_FINITE: found.finite, **found.metrics}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
@@ -195,7 +208,10 @@ def make_eval_step(
 
 
 class Evaluation(NamedTuple):
-    """Outputs of `n` real windows: `outputs` by name `(n, ...)`, `window_id (n,)`, `label (n, ...)` or None."""
+    """Outputs of `n` real windows: `outputs` by name `(n, ...)`, `window_id (n,)`, `label (n, ...)` or None.
+
+    Embeddings are those of the first `MOST_EMBEDDINGS` windows only.
+    """
 
     outputs: dict[str, np.ndarray]
     window_id: np.ndarray
@@ -212,21 +228,38 @@ def evaluate(
 
     Raises: ValueError when there is no real window.
     """
-    parts = [jax.device_get(eval_step(params, to_global(batch, mesh))) for batch in batches]
-    real = [part.pop("window_mask") for part in parts]
-    if not any(mask.any() for mask in real):
+    parts, count = [], 0
+    for batch in batches:
+        part = jax.device_get(eval_step(params, to_global(batch, mesh)))
+        real = part.pop("window_mask")
+        part = {key: values[real] for key, values in part.items()}
+        if EMBEDDING in part:
+            part[EMBEDDING] = part[EMBEDDING][: max(0, MOST_EMBEDDINGS - count)]
+        count += int(real.sum())
+        parts.append(part)
+    if not count:
         raise ValueError("there is no window to evaluate")
-    joined = {key: np.concatenate([p[key][m] for p, m in zip(parts, real, strict=True)]) for key in parts[0]}
+    joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     return Evaluation(joined, joined.pop("window_id"), joined.pop("label", None))
 
 
 @dataclass
 class Progress:
-    """Model selection on a validation loss (lower is better); saved with every checkpoint as JSON."""
+    """What a run remembers besides its state, saved with every checkpoint as JSON.
+
+    Attributes:
+        best_value, best_step, validations_since_best: model selection on a validation loss (lower is better).
+        skipped_steps: steps without effect, because their loss or gradient was not finite.
+        rollbacks: how often the run went back to a checkpoint.
+        passed_over: batches left out by that: step k has the batch of k + passed_over.
+    """
 
     best_value: float | None = None
     best_step: int = 0
     validations_since_best: int = 0
+    skipped_steps: int = 0
+    rollbacks: int = 0
+    passed_over: int = 0
 
     def update(self, value: float, step: int) -> bool:
         """Record a validation; True when it is the best so far."""
@@ -241,6 +274,33 @@ class Progress:
         return asdict(self)
 
 
-def first_non_finite(losses: Mapping[int, float]) -> int | None:
-    """The first step whose loss is not a finite number, None when all are."""
-    return next((step for step in sorted(losses) if not math.isfinite(losses[step])), None)
+def non_finite_steps(fetched: Mapping[int, Mapping[str, np.ndarray]]) -> list[int]:
+    """The steps, in order, whose loss or gradient was not finite; `fetched` holds the metrics of each step."""
+    return [step for step in sorted(fetched) if not fetched[step]["finite"]]
+
+
+def mean_metrics(fetched: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Means over steps of every scalar metric, without the steps that are not finite; nan when none is."""
+    good = [metrics for metrics in fetched.values() if metrics["finite"]]
+    names = [name for name in next(iter(fetched.values())) if name not in ("finite", WINDOW_FINITE)]
+    return {name: float(np.mean([metrics[name] for metrics in good])) if good else math.nan for name in names}
+
+
+class PerShape:
+    """A jitted `(state or parameters, batch) -> ...` that reports each compilation: one per shape of the batch."""
+
+    def __init__(self, program: Callable[[Any, dict[str, Array]], Any], report: Callable[[tuple, float], None]):
+        """`report((B, C, T), seconds)` is called after the first call of each shape, whose time is all compiling."""
+        self._program, self._report = program, report
+        self._seen: set[tuple] = set()
+
+    def __call__(self, first: Any, batch: dict[str, Array]) -> Any:
+        """What the program returns."""
+        shape = batch["signal"].shape
+        if shape in self._seen:
+            return self._program(first, batch)
+        begin = time.perf_counter()
+        result = self._program(first, batch)
+        self._seen.add(shape)
+        self._report(shape, time.perf_counter() - begin)
+        return result

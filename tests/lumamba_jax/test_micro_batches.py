@@ -157,7 +157,8 @@ def lumamba(name: str, blocks: int, devices: int, dropout: float = 0.0):
 
 
 def _numbers(compiled, arguments) -> dict[str, np.ndarray]:
-    loss, metrics, gradient = jax.device_get(compiled(*arguments))
+    loss, metrics, gradient, finite = jax.device_get(compiled(*arguments))
+    assert finite.all()
     gradient = gradient if isinstance(gradient, dict) else named_leaves(gradient)
     return {"loss": loss, **metrics} | {f"gradient/{key}": value for key, value in gradient.items()}
 

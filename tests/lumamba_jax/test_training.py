@@ -160,8 +160,11 @@ def test_warm_start_takes_the_encoder_and_reports_the_rest():
 
 
 def test_non_finite_steps_are_found_in_order():
-    assert training.first_non_finite({7: float("nan"), 5: 1.0, 6: float("inf")}) == 6
-    assert training.first_non_finite({1: 0.0}) is None
+    fetched = {7: False, 5: True, 6: False, 8: True}
+    metrics = {k: {"finite": np.bool_(v), "loss": np.float32(k if v else np.nan)} for k, v in fetched.items()}
+    assert training.non_finite_steps(metrics) == [6, 7]
+    assert training.mean_metrics(metrics) == {"loss": 6.5}
+    assert np.isnan(training.mean_metrics({6: metrics[6]})["loss"])
 
 
 def test_progress_selects_the_lowest_finite_loss_and_counts_patience():
