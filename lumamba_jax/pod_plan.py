@@ -201,8 +201,10 @@ def topology_devices(topology: Topology) -> list[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
+    # JAX sees a chip of v4 as one device, as it is used; described without this, as its two cores.
+    one_per_chip = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **one_per_chip).devices
     except Exception as error:  # what libtpu raises for a slice it does not know differs between its versions
         raise ValueError(f"libtpu has no topology {topology.name}: {' '.join(str(error).split())[:200]}") from error
 
