@@ -27,7 +27,10 @@ def attention(dropout=0.0):
 
 def norm(seed):
     module = LayerNorm(WIDTH, dtypes=DTYPES, rngs=nnx.Rngs(0))
-    module.scale[...], module.bias[...] = jnp.asarray(normal(WIDTH, seed=seed)), jnp.asarray(normal(WIDTH, seed=seed + 50))
+    module.scale[...], module.bias[...] = (
+        jnp.asarray(normal(WIDTH, seed=seed)),
+        jnp.asarray(normal(WIDTH, seed=seed + 50)),
+    )
     return module
 
 
