@@ -69,7 +69,7 @@ class StoreWriter:
         """Append one group of windows.
 
         `signal_uv` (n,C,T) microvolts, `start_samples` (n,) in samples of the stored rate, `labels` (n,) int class
-        numbers or (n,K) float targets. Raises ValueError when shapes, montages or labels contradict the store.
+        numbers, (n,K) int class numbers per channel, or (n,K) float targets. Raises ValueError when shapes, montages or labels contradict the store.
         """
         signal_uv = np.asarray(signal_uv, dtype=np.float32)
         labels = None if labels is None else np.asarray(labels)
@@ -78,7 +78,7 @@ class StoreWriter:
         block.create_dataset("X", data=signal_uv)
         block.create_dataset("start_sample", data=np.asarray(start_samples, dtype=np.int64))
         if labels is not None:
-            block.create_dataset("y", data=labels.astype(np.int64 if labels.ndim == 1 else np.float32))
+            block.create_dataset("y", data=labels.astype(_label_type(labels)))
         block.attrs.update({"subject_id": subject, "recording_id": recording, "montage": montage.name})
         self._montages[montage.name] = montage
         self.n_windows += len(signal_uv)
@@ -107,14 +107,14 @@ class StoreWriter:
             raise ValueError(
                 f"group {group!r}: class labels are integers, targets have shape (n,K); found {labels.dtype}"
             )
-        shape = () if labels is None else (labels.ndim, *labels.shape[1:])
+        shape = () if labels is None else (_label_type(labels), *labels.shape[1:])
         if self._label_shape is not None and self._label_shape != shape:
             raise ValueError(f"group {group!r}: either every window of a store has a label of one kind, or none has")
         self._label_shape = shape
         names = self._info.class_names
         if (
             labels is not None
-            and labels.ndim == 1
+            and np.issubdtype(labels.dtype, np.integer)
             and names is not None
             and not (0 <= labels.min() <= labels.max() < len(names))
         ):
@@ -324,7 +324,7 @@ class WindowStore(Store):
         """Fill `windows` from the file itself: HDF5's library has one lock for all threads, and opens slowly."""
         with _DESCRIPTORS.use((str(self.path), self._identity), self._open_descriptor) as descriptor:
             for window, offset in zip(windows, offsets.tolist(), strict=True):
-                if os.preadv(descriptor, [window], offset) != window.nbytes:
+                if os.preadv(descriptor, [memoryview(window)], offset) != window.nbytes:
                     raise ValueError(f"{self.path} was truncated after it had been opened: make it again")
 
     def _read_by_hdf5(self, windows: Sequence[np.ndarray], groups: np.ndarray, own: np.ndarray) -> None:
@@ -498,6 +498,13 @@ def montages_from_json(text: str) -> dict[str, Montage]:
 def montages_to_json(montages: Iterable[Montage]) -> str:
     """The inverse of `montages_from_json`; float32 positions survive it."""
     return json.dumps({m.name: {"ch_names": m.ch_names, "locations": m.locations.tolist()} for m in montages})
+
+
+def _label_type(labels: np.ndarray) -> type:
+    """Type on disk: the reference's for classes, one per window or per channel; float32 for targets."""
+    if labels.ndim == 1:
+        return np.int64
+    return np.int8 if np.issubdtype(labels.dtype, np.integer) else np.float32
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
