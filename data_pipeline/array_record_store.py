@@ -4,9 +4,9 @@
     index.npz                                what is known of each window: codes into tables of names, places, labels
     windows-00000-of-00012.arrayrecord       the windows: one record, (C,T) float32 microvolts, for each
 
-A record is a chunk of its own (group size 1) and not compressed: noise in float32 shrinks by a fourteenth at zstd level 1
-and takes twice as long to read. ArrayRecord checks the hash of a record whenever it is read. The folder is written
-under a temporary name and renamed, so a store either exists whole or not at all.
+A record is a chunk of its own (group size 1) and not compressed: noise in float32 shrinks by a fourteenth at zstd's
+level 1 and takes twice as long to read. ArrayRecord checks the hash of a record whenever it is read. The folder is
+written under a temporary name and renamed, so a store either exists whole or not at all.
 """
 
 import contextlib
