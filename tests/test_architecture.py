@@ -21,6 +21,7 @@ MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
     "scan_pallas": set(),
     "accelerators": set(),
     "compilation": set(),
+    "eegnet": set(),
     "hlo_costs": set(),
     "layers": set(),
     "losses": set(),
