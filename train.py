@@ -152,8 +152,9 @@ class Run:
                 try:
                     return self._steps(session, programs, checkpoints, lock, state, progress, stop_at)
                 except _RollBackError as wanted:
-                    del state  # its buffers make room for those that are restored
-                    state, progress = self._back_to_checkpoint(session, checkpoints, progress, wanted)
+                    bad_step = wanted.step
+                del state  # its buffers make room for those that are restored
+                state, progress = self._back_to_checkpoint(session, checkpoints, progress, bad_step)
 
     def _programs(self, session: Session) -> "_Programs":
         """The compiled steps; each says when it compiles."""
@@ -274,18 +275,18 @@ class Run:
         return ", ".join(f"window {row} of {self.windows.stores[number].path.name}" for number, row in places)
 
     def _back_to_checkpoint(
-        self, session: Session, checkpoints: TrainCheckpoints, progress: Progress, wanted: "_RollBackError"
+        self, session: Session, checkpoints: TrainCheckpoints, progress: Progress, bad_step: int
     ) -> tuple[TrainState, Progress]:
         """The newest state from before a step that is not finite, and the batches from there to it passed over."""
         if checkpoints.latest_step is None:
             raise FloatingPointError(
-                f"the loss of step {wanted.step} is not finite, and there is no checkpoint to go back to yet"
+                f"the loss of step {bad_step} is not finite, and there is no checkpoint to go back to yet"
             )
         state, saved = checkpoints.restore(abstract_state(self.config.model, self.optimizer, self.mesh))
         back = dataclasses.replace(
             Progress(**saved),
             rollbacks=progress.rollbacks + 1,
-            passed_over=progress.passed_over + wanted.step - int(state.step),
+            passed_over=progress.passed_over + bad_step - int(state.step),
         )
         session.rewind(int(state.step))
         return state, back
