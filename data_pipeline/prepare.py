@@ -4,36 +4,36 @@ Files are read, filtered and cut in parallel; the result of each is kept in a ca
 key made of its bytes and the settings, until the store is complete: an interrupted run goes on where it stopped. The
 store appears at once (temporary file and rename), with a manifest beside it that says, for every file of the folder,
 what became of it and why.
+
+`python -m data_pipeline.prepare CORPUS --raw DIR --out DIR` prepares a published corpus from its original layout,
+`python -m data_pipeline.prepare list` shows which.
 """
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import errno
 import fnmatch
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 
+from data_pipeline import prepare_corpus
+from data_pipeline.corpora import CORPORA
+from data_pipeline.file_results import digest_of, disk_full_named, json_beside, outcome_of, package_version, write_json
 from data_pipeline.montages import Montage
 from data_pipeline.preprocess import PreprocessConfig, preprocess, robust_amplitude
 from data_pipeline.readers import companions, read_recording, why_not_a_recording
 from data_pipeline.store import SCHEMA_VERSION, StoreInfo, create_store
 from data_pipeline.windows import LabelTable, Segment, Windows, annotation_segments, cut_windows, read_label_table
+from data_pipeline.workers import completed, with_progress
 
 _CACHE_VERSION = "1"  # raise when the code changes what a file becomes: older cached results are then not used
 
@@ -177,7 +177,7 @@ def prepare(config: PrepareConfig) -> dict:
     class_names = _class_names(table, config)
     cache = config.out.with_name(f".{config.out.name}.cache")
     tasks = [_task(name, path, labelled, table, cache, config) for name, path in files.items() if name in labelled]
-    with _disk_full_named(cache):
+    with disk_full_named(cache):
         cache.mkdir(parents=True, exist_ok=True)
         outcomes = _run(tasks, config.jobs or min(4, os.cpu_count() or 1))
         entries = others | unlabelled | {task.name: outcome for task, outcome in zip(tasks, outcomes, strict=True)}
@@ -185,7 +185,7 @@ def prepare(config: PrepareConfig) -> dict:
         if not any(entry.get("windows") for entry in entries.values()):
             shutil.rmtree(cache, ignore_errors=True)
             raise ValueError(_nothing_usable(entries, config))
-        with _json_beside(_manifest_path(config.out), manifest):
+        with json_beside(_manifest_path(config.out), manifest):
             _write_store(config, tasks, outcomes, class_names)
         shutil.rmtree(cache, ignore_errors=True)
     return manifest
@@ -316,28 +316,10 @@ def process_file(task: FileTask) -> dict:
     cached = task.cache / _cache_name(task, digest)
     if cached.with_suffix(".json").is_file():
         return json.loads(cached.with_suffix(".json").read_text()) | {"cached": str(cached)}
-    entry, lasting = _outcome(task, cached.with_suffix(".npz"))
+    entry, lasting = outcome_of(lambda: _windows_of(task, cached.with_suffix(".npz")), task.path.name)
     if lasting:
-        with _json_beside(cached.with_suffix(".json"), entry | {"sha256": digest}):
-            pass
+        write_json(cached.with_suffix(".json"), entry | {"sha256": digest})
     return entry | {"sha256": digest, "cached": str(cached)}
-
-
-def _outcome(task: FileTask, cached: Path) -> tuple[dict, bool]:
-    """Manifest entry, and whether it would be the same next time (a lack of memory may pass)."""
-    try:
-        return _windows_of(task, cached), True
-    except ValueError as error:
-        return {"status": "rejected", "reason": _one_line(str(error).removeprefix(f"{task.path.name}: "))}, True
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        return {"status": "rejected", "reason": f"cannot be read ({_one_line(error.strerror or str(error))})"}, False
-    except MemoryError:
-        reason = "too large for the memory of this machine: split it or use --jobs 1"
-        return {"status": "rejected", "reason": reason}, False
-    except Exception as error:  # one file must not stop the others; the type says where to look
-        return {"status": "rejected", "reason": f"unexpected {type(error).__name__}: {_one_line(str(error))}"}, False
 
 
 def _windows_of(task: FileTask, cached: Path) -> dict:
@@ -406,11 +388,7 @@ def _write_windows(path: Path, windows: Windows, montage: Montage) -> None:
 
 
 def _digest(path: Path) -> str:
-    total = hashlib.sha256()
-    for part in (path, *companions(path)):
-        with part.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+    return digest_of((path, *companions(path)))
 
 
 def _cache_name(task: FileTask, digest: str) -> str:
@@ -426,48 +404,8 @@ def _cache_name(task: FileTask, digest: str) -> str:
 
 def _run(tasks: Sequence[FileTask], jobs: int) -> list[dict]:
     """Outcomes in the order of the tasks, with a progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task("files", total=len(tasks))
-        outcomes: dict[int, dict] = {}
-        for index, outcome in _completed(tasks, min(jobs, len(tasks))):
-            outcomes[index] = outcome
-            progress.advance(bar)
+    outcomes = dict(with_progress(completed(process_file, tasks, jobs=jobs), len(tasks), "preparing"))
     return [outcomes[i] for i in range(len(tasks))]
-
-
-def _completed(tasks: Sequence[FileTask], jobs: int) -> Iterator[tuple[int, dict]]:
-    if jobs <= 1:
-        for index, task in enumerate(tasks):
-            yield index, process_file(task)
-        return
-    # spawn: a forked child may inherit locks held by threads of the parent
-    pool = concurrent.futures.ProcessPoolExecutor(
-        jobs,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,  # Ctrl-C stops the parent; files in work are finished, and kept
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    try:
-        futures = {pool.submit(process_file, task): i for i, task in enumerate(tasks)}
-        for future in concurrent.futures.as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool:
-        raise ValueError(
-            "a worker process was killed, probably for lack of memory: run again with --jobs 1; finished files are kept"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _write_store(
@@ -480,7 +418,7 @@ def _write_store(
         stride_seconds=config.stride_samples / config.sfreq,
         filters={"l_freq": chain.l_freq, "h_freq": chain.h_freq, "notch": chain.notch, "reference": chain.reference},
         class_names=class_names,
-        source_version=f"lumamba_jax {_version('lumamba-jax')}, mne {_version('mne')}",
+        source_version=f"lumamba_jax {package_version('lumamba-jax')}, mne {package_version('mne')}",
     )
     used = [(task, outcome) for task, outcome in zip(tasks, outcomes, strict=True) if outcome.get("windows")]
     with create_store(config.out, info) as store:
@@ -536,46 +474,11 @@ def _manifest_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.manifest.json")
 
 
-@contextlib.contextmanager
-def _json_beside(path: Path, content: dict) -> Iterator[None]:
-    """Write JSON under a temporary name, and give it its name only when the block has ended well."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=1))
-        yield
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _nothing_usable(entries: dict[str, dict], config: PrepareConfig) -> str:
     rejected = {name: entry["reason"] for name, entry in entries.items() if entry["status"] == "rejected"}
     shown = [f"\n  {name}: {reason}" for name, reason in list(rejected.items())[:20]]
     more = f"\n  and {len(rejected) - 20} more" if len(rejected) > 20 else ""
     return f"no usable window in {config.input_dir}: {len(rejected)} recordings were rejected{''.join(shown)}{more}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unreleased"
-
-
-@contextlib.contextmanager
-def _disk_full_named(cache: Path) -> Iterator[None]:
-    """One sentence for a full disk; the cache of finished files stays for the next run."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        message = f"the disk is full: nothing was written; free some space and run again (finished files: {cache})"
-        raise OSError(errno.ENOSPC, message) from error
 
 
 def _print_summary(manifest: dict, out: Path) -> None:
@@ -598,9 +501,17 @@ def _print_summary(manifest: dict, out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status: 0, or 2 after one message on stderr."""
-    config = tyro.cli(PrepareConfig, args=arguments, description=__doc__, prog="python -m data_pipeline.prepare")
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        manifest = prepare(config)
+        if arguments[:1] == ["list"]:
+            prepare_corpus.list_corpora()
+        elif arguments and arguments[0] in CORPORA:
+            return prepare_corpus.main(arguments[0], arguments[1:])
+        else:
+            config = tyro.cli(
+                PrepareConfig, args=arguments, description=__doc__, prog="python -m data_pipeline.prepare"
+            )
+            _print_summary(prepare(config), config.out)
     except ValueError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
@@ -611,7 +522,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prepare: interrupted; finished files are kept, run the same command to go on", file=sys.stderr)
         return 130
-    _print_summary(manifest, config.out)
     return 0
 
 

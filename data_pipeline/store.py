@@ -69,7 +69,8 @@ class StoreWriter:
         """Append one group of windows.
 
         `signal_uv` (n,C,T) microvolts, `start_samples` (n,) in samples of the stored rate, `labels` (n,) int class
-        numbers, (n,K) int class numbers per channel, or (n,K) float targets. Raises ValueError when shapes, montages or labels contradict the store.
+        numbers, (n,K) int class numbers per channel, or (n,K) float targets. Raises ValueError when shapes, montages
+        or labels contradict the store.
         """
         signal_uv = np.asarray(signal_uv, dtype=np.float32)
         labels = None if labels is None else np.asarray(labels)

@@ -21,12 +21,12 @@ _TABLE_FIELDS = ("file", "start", "stop", "subject", "session")
 class Segment:
     """A stretch of a recording: start and stop in seconds (stop None = to the end) and its label.
 
-    label: a class name as text, a tuple of regression targets, or None.
+    label: a class name as text, a class number, a tuple of regression targets, or None.
     """
 
     start: float = 0.0
     stop: float | None = None
-    label: str | tuple[float, ...] | None = None
+    label: str | int | tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,17 @@ class Windows:
 
 
 def cut_windows(
-    recording: Recording, *, n_times: int, stride: int, segments: Sequence[Segment] = (Segment(),)
+    recording: Recording,
+    *,
+    n_times: int,
+    stride: int,
+    segments: Sequence[Segment] = (Segment(),),
+    keep_flat: bool = False,
 ) -> Windows:
     """Cut every segment into windows of `n_times` samples, `stride` samples apart, from the segment's start.
 
-    A window is rejected, and counted, when it touches a gap ("not finite") or all its channels are flat ("flat").
+    A window is rejected, and counted, when it touches a gap ("not finite") or all its channels are flat ("flat",
+    unless `keep_flat`: the published corpora hold such windows).
     Raises ValueError for a segment that cannot lie in the recording.
     """
     if n_times < 1 or stride < 1:
@@ -72,7 +78,7 @@ def cut_windows(
     for segment in segments:
         for start in _window_starts(segment, recording, n_times, stride):
             window = recording.signal_uv[:, start : start + n_times]
-            reason = _unusable(window, gap[start : start + n_times])
+            reason = _unusable(window, gap[start : start + n_times], keep_flat=keep_flat)
             if reason:
                 rejected[reason] = rejected.get(reason, 0) + 1
                 continue
@@ -94,10 +100,10 @@ def _window_starts(segment: Segment, recording: Recording, n_times: int, stride:
     return range(first, last - n_times + 1, stride)
 
 
-def _unusable(window: np.ndarray, gap: np.ndarray) -> str:
+def _unusable(window: np.ndarray, gap: np.ndarray, *, keep_flat: bool) -> str:
     if gap.any() or not np.isfinite(window).all():
         return "not finite"
-    return "flat" if (window.std(axis=1) < FLAT_UV).all() else ""
+    return "flat" if not keep_flat and (window.std(axis=1) < FLAT_UV).all() else ""
 
 
 def annotation_segments(
