@@ -1,0 +1,90 @@
+"""Classifiers of feature vectors: what frozen embeddings hold, found by the simplest means.
+
+Features are rows `(n, D)` of windows, whatever they come from. A subject's windows are always together: what is chosen
+is chosen in folds by subject. All give class probabilities `(m, K)` float64.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from data_pipeline.band_power import classify
+
+linear_probe = classify
+"""Standardised features, logistic regression, its penalty chosen by subject (`band_power.classify`)."""
+
+
+def nearest_neighbours(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    num_classes: int,
+    *,
+    train_subjects: np.ndarray,
+    neighbours: Sequence[int] = (5, 15, 45),
+) -> np.ndarray:
+    """Classes of the nearest training windows by cosine of standardised features, weighted by nearness.
+
+    Of `neighbours` the number with the least log loss is taken, each training subject being classified by the others.
+    """
+    centre, scale = train_features.mean(0), train_features.std(0) + 1e-9
+    train, test = (_unit((x - centre) / scale) for x in (train_features, test_features))
+    similarity = train @ train.T
+    similarity[np.equal.outer(train_subjects, train_subjects)] = -np.inf
+    several = len(np.unique(train_subjects)) > 1
+    losses = [_log_loss(_votes(similarity, train_labels, k, num_classes), train_labels) for k in neighbours]
+    best = neighbours[int(np.argmin(losses))] if several else neighbours[0]
+    return _votes(test @ train.T, train_labels, best, num_classes)
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def _votes(similarity: np.ndarray, labels: np.ndarray, neighbours: int, num_classes: int) -> np.ndarray:
+    """Probabilities from similarities `(m, n)`; one vote is spread over all classes, so that none is impossible."""
+    count = min(neighbours, similarity.shape[1])
+    nearest = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
+    near = np.take_along_axis(similarity, nearest, axis=1)
+    weights = np.where(np.isfinite(near), np.exp(near / 0.1), 0.0)
+    votes = np.full((len(similarity), num_classes), 1.0 / num_classes)
+    total = np.maximum(weights.sum(1, keepdims=True), 1e-300)
+    for label in range(num_classes):
+        votes[:, label] += count * (weights * (labels[nearest] == label) / total).sum(1)
+    return votes / votes.sum(1, keepdims=True)
+
+
+def _log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    return -float(np.log(probabilities[np.arange(len(labels)), labels]).mean())
+
+
+def class_prototypes(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    num_classes: int,
+    *,
+    train_subjects: np.ndarray | None = None,  # noqa: ARG001  (one signature for all probes)
+) -> np.ndarray:
+    """Distance to each class's mean under a common covariance, shrunk as Ledoit and Wolf say (linear discriminant).
+
+    Raises: ValueError when the training windows hold one class only.
+    """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    if len(np.unique(train_labels)) < 2:
+        raise ValueError("class prototypes need training windows of at least two classes")
+    centre, scale = train_features.mean(0), train_features.std(0) + 1e-9
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=None)
+    model.fit((train_features - centre) / scale, train_labels)
+    probabilities = np.zeros((len(test_features), num_classes))
+    probabilities[:, model.classes_] = model.predict_proba((test_features - centre) / scale)
+    return probabilities
+
+
+Probe = Callable[..., np.ndarray]
+PROBES: dict[str, Probe] = {
+    "linear": linear_probe,
+    "nearest neighbours": nearest_neighbours,
+    "class prototypes": class_prototypes,
+}
