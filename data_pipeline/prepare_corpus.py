@@ -117,6 +117,7 @@ def prepare_corpus(corpus: Corpus, run: Run) -> dict:
 
 
 def _plan(corpus: Corpus, run: Run) -> _Plan:
+    corpus = corpus.completed(run.raw.resolve())
     catalogue = corpus.find(run.raw.resolve())
     division = checked_disjoint(corpus.split(catalogue), catalogue.sources)
     catalogue = catalogue.without(division.left_out)
@@ -288,7 +289,7 @@ def _write_store(plan: _Plan, name: str, part: str, results: Sequence[tuple[Sour
 
 
 def _store_info(corpus: Corpus, division: Division, part: str) -> StoreInfo:
-    chain = corpus.chain_settings
+    chain = corpus.common_chain()
     provenance = {"corpus": corpus.name, "part": part, "options": corpus.settings(), "split": division.rule}
     return StoreInfo(
         sfreq=chain.sfreq,

@@ -154,9 +154,17 @@ class Corpus(ABC):
         """Names of the class numbers, None for no labels or regression targets."""
         return None
 
+    def completed(self, root: Path) -> "Corpus":  # noqa: ARG002  (a subclass may look into the folder)
+        """The same with options that were left open filled in from the folder; these are what the outputs state."""
+        return self
+
+    def common_chain(self) -> PreprocessConfig:
+        """The signal chain under these options, as the stores state it."""
+        return self.chain_settings
+
     def chain(self, source: Source) -> PreprocessConfig:  # noqa: ARG002  (a subclass may depend on the source)
         """The signal chain of a source."""
-        return self.chain_settings
+        return self.common_chain()
 
     def montage(self, montage: Montage) -> Montage:
         """The montage that is stored; a subclass may replace template positions."""
@@ -165,12 +173,12 @@ class Corpus(ABC):
     @property
     def n_times(self) -> int:
         """Samples per window."""
-        return round(self.window * self.chain_settings.sfreq)
+        return round(self.window * self.common_chain().sfreq)
 
     @property
     def stride_samples(self) -> int:
         """Samples between window starts."""
-        return round(self.stride * self.chain_settings.sfreq)
+        return round(self.stride * self.common_chain().sfreq)
 
     def settings(self) -> dict:
         """The options as JSON values."""
