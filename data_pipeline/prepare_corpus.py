@@ -320,11 +320,16 @@ def _manifest(plan: _Plan, outcomes: Sequence[dict], stored: Sequence[_Stored]) 
     for source, outcome in zip(plan.catalogue.sources, outcomes, strict=True):
         files[source.name] = _file_entry(source, outcome, plan.part(source))
     statuses = Counter(entry["status"] for entry in files.values())
-    names = corpus.class_names()
+    names, parts = corpus.class_names(), _parts(files)
+    empty = [part for part in PARTS if part in division.parts.values() and part not in parts]
+    warnings = [f"there are no {part} windows: every file of this part was left out" for part in empty]
     return {
         "schema_version": SCHEMA_VERSION,
         "corpus": corpus.name,
         "title": corpus.title,
+        "licence": corpus.licence,
+        "citation": corpus.citation,
+        "software": f"lumamba_jax {package_version('lumamba-jax')}, mne {package_version('mne')}",
         "key": plan.key,
         "options": corpus.settings(),
         "class_names": names,
@@ -332,10 +337,10 @@ def _manifest(plan: _Plan, outcomes: Sequence[dict], stored: Sequence[_Stored]) 
         "counts": {status: statuses[status] for status in ("windows", "rejected", "skipped")}
         | {"total_windows": sum(e.get("windows", 0) for e in files.values())}
         | {"transient": sum(bool(outcome.get("transient")) for outcome in outcomes)},
-        "parts": _parts(files),
+        "parts": parts,
         "expected": dataclasses.asdict(corpus.expected),
         "split": {"unit": division.unit, "rule": division.rule},
-        "warnings": list(plan.catalogue.warnings),
+        "warnings": [*plan.catalogue.warnings, *warnings],
         "files": dict(sorted(files.items())),
     }
 

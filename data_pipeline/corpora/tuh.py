@@ -79,7 +79,7 @@ class TuhLabelledCorpus(TuhCorpus):
     channel_order: Literal["L", "D"] = "L"
     """order of the 22 pairs: L = as in pre-training; D = as the reference's files of these corpora hold them"""
 
-    def chain(self, source: object) -> PreprocessConfig:  # noqa: ARG002
-        """The same for every file."""
+    def common_chain(self) -> PreprocessConfig:
+        """The pairs in the order asked for."""
         order = {"L": "tuh-bipolar-22", "D": "tuh-bipolar-22-disk"}[self.channel_order]
         return dataclasses.replace(self.chain_settings, montage=order)
