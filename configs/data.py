@@ -128,7 +128,7 @@ def open_windows(config: DataConfig, *, labelled: bool) -> Windows:
     """
     if not config.train:
         raise ValueError("no training data: give one or more window stores or a folder of them, --data.train FILE.h5")
-    groups = [open_stores(paths) for paths in (config.train, config.validation, config.test)]
+    groups = [open_stores(paths, config.old_files) for paths in (config.train, config.validation, config.test)]
     stores = [store for group in groups for store in group]
     labels = _labels(stores) if labelled else None
     subjects, recordings = (Names.concatenate([getattr(s, n) for s in stores]) for n in ("subjects", "recordings"))

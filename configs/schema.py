@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from data_pipeline.loader import LoaderConfig
+from data_pipeline.old_files import OldFiles
 from lumamba_jax.architectures import ARCHITECTURES, ModelConfig
 from lumamba_jax.femba import FembaConfig
 from lumamba_jax.hosts import HostsConfig
@@ -41,6 +42,7 @@ class DataConfig:
         split_seed: decides the division. On the same store, the same seed gives pre-training and fine-tuning the same
             folds.
         split_file: use the division another run wrote to its `split.json`, on stores with the same subjects.
+        old_files: how HDF5 files of the reference pipeline are read, which do not describe themselves.
         permute_labels: sanity control: shuffle the labels of the training and validation windows (subjects, windows
             and counts stay). A model trained so must be at chance on the untouched test labels.
     """
@@ -54,6 +56,7 @@ class DataConfig:
     fold: int | None = None
     split_seed: int = 0
     split_file: str = ""
+    old_files: OldFiles = field(default_factory=OldFiles)
     permute_labels: bool = False
 
     def __post_init__(self):

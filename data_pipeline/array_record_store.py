@@ -1,7 +1,7 @@
 """The window store for buckets and many hosts: a folder of ArrayRecord shards with its description beside them.
 
     store.json                               what holds for all windows, the montages, and each shard's size and SHA-256
-    index.npz                                what is known of each window: codes into tables of names, places, labels
+    index.npz                                per window: codes into tables of names, places, hashes, labels
     windows-00000-of-00012.arrayrecord       the windows: one record, (C,T) float32 microvolts, for each
 
 A record is a chunk of its own (group size 1) and not compressed: noise in float32 shrinks by a fourteenth at zstd's
@@ -29,6 +29,7 @@ from data_pipeline.montages import Montage
 from data_pipeline.names import Names
 from data_pipeline.open_files import OpenFiles
 from data_pipeline.store import Store, StoreInfo, montages_from_json, montages_to_json
+from data_pipeline.window_hashes import hash_windows
 
 FORMAT, FORMAT_VERSION = "lumamba_jax windows in ArrayRecord", 1
 DESCRIPTION, INDEX = "store.json", "index.npz"
@@ -126,6 +127,7 @@ class ArrayRecordStore(Store):
             )
             self.start_samples = index["start_samples"]
             self.labels = index.get("labels")
+            self.window_hashes = index.get("window_hashes")
 
     def _check_size(self, shard: dict) -> None:
         path = self.path / shard["file"]
@@ -161,7 +163,7 @@ class ArrayRecordWriter:
         self._num_windows, self._shard_windows = num_windows, shard_windows
         self._num_shards = math.ceil(num_windows / shard_windows)
         self._shards: list[dict] = []
-        self._columns: list[tuple[Names, Names, Names, np.ndarray, np.ndarray | None]] = []
+        self._columns: list[tuple[Names, Names, Names, np.ndarray, np.ndarray, np.ndarray | None]] = []
         self._montages: dict[str, Montage] = {}
         self._shard: Any = None
         self._in_shard = 0
@@ -193,7 +195,7 @@ class ArrayRecordWriter:
         for window in signal_uv:
             self._write(window.tobytes())
         names = Names([montage.name], np.zeros(n, np.uint8))
-        self._columns.append((subjects, recordings, names, start_samples, labels))
+        self._columns.append((subjects, recordings, names, start_samples, hash_windows(signal_uv), labels))
         self.n_windows += n
 
     def finish(self) -> None:
@@ -201,12 +203,13 @@ class ArrayRecordWriter:
         self._end_shard()
         if self.n_windows != self._num_windows:
             raise ValueError(f"{self._num_windows} windows were announced, {self.n_windows} came")
-        subjects, recordings, montages, starts, labels = zip(*self._columns, strict=True)
+        subjects, recordings, montages, starts, hashes, labels = zip(*self._columns, strict=True)
         columns = {}
         for name, parts in (("subjects", subjects), ("recordings", recordings), ("montages", montages)):
             joined = Names.concatenate(parts)
             columns |= {f"{name}_table": joined.table, f"{name}_codes": joined.codes}
         columns["start_samples"] = np.concatenate(starts).astype(np.int64)
+        columns["window_hashes"] = np.concatenate(hashes)
         if labels[0] is not None:
             columns["labels"] = np.concatenate(labels)
         np.savez_compressed(self._folder / INDEX, **columns)

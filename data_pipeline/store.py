@@ -3,7 +3,7 @@
 Every top-level group is a block of windows of one recording in one montage: `X (n,C,T)` float32 microvolts, `y`
 (labelled files), `start_sample (n,)`. That is the layout the reference's loaders read; the attributes are what they
 lack. `create_store` writes to a temporary name beside the target and renames it when complete, so a store either
-exists whole or not at all. `WindowStore` reads ours and, when told what such files do not say, the reference's own.
+exists whole or not at all. `WindowStore` reads ours and the reference's own (`old_files` knows what those do not say).
 """
 
 import contextlib
@@ -20,12 +20,26 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_pipeline.montages import Montage, montage_of, named_montage, normalize_name
+from data_pipeline.montages import Montage
 from data_pipeline.names import Names
+from data_pipeline.old_files import (
+    Flavour,
+    GroupLook,
+    OldFiles,
+    Seams,
+    identify,
+    measure_seams,
+    montage_of_rows,
+    subject_of_group,
+    taken_for_scrambled,
+)
 from data_pipeline.open_files import OpenFiles
+from data_pipeline.window_hashes import hash_windows
 
 SCHEMA_VERSION = "1"
 _TO_MICROVOLTS = {"uV": 1.0, "mV": 1e3, "V": 1e6}
+_MOST_COMPRESSED = 1100  # deflate's limit is 1032 to 1
+_MEASURED_GROUPS, _MEASURED_BYTES = 8, 1 << 24  # what is looked at to tell the layout of a file from its signal
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,7 @@ class StoreWriter:
         block = self._file.create_group(group)
         block.create_dataset("X", data=signal_uv)
         block.create_dataset("start_sample", data=np.asarray(start_samples, dtype=np.int64))
+        block.create_dataset("window_hash", data=hash_windows(signal_uv))
         if labels is not None:
             block.create_dataset("y", data=labels.astype(_label_type(labels)))
         block.attrs.update({"subject_id": subject, "recording_id": recording, "montage": montage.name})
@@ -188,7 +203,8 @@ class Store(ABC):
 
     Attributes: path, sfreq (hertz), n_times, class_names, montages {name: Montage}, labels ((n,) int32 classes, (n,K)
     int32 per channel classes or float32 targets, or None), subjects / recordings / montage_names (n,) `Names`,
-    start_samples (n,) int64 (-1 where unknown), info (what holds for all windows).
+    start_samples (n,) int64 (-1 where unknown), window_hashes (n,) uint64 of `window_hashes.hash_windows` (None: not in
+    the files), info (what holds for all windows).
     """
 
     path: Path
@@ -201,6 +217,7 @@ class Store(ABC):
     recordings: Names
     montage_names: Names
     start_samples: np.ndarray
+    window_hashes: np.ndarray | None
     info: StoreInfo
 
     def __len__(self) -> int:
@@ -250,8 +267,16 @@ class _Block:
     shape: tuple[int, int, int]
     offset: int
     attributes: dict[str, Any]
-    starts: np.ndarray
+    starts: np.ndarray | None
     labels: np.ndarray | None
+    hashes: np.ndarray | None
+    dtype: np.dtype
+
+    @property
+    def look(self) -> GroupLook:
+        """What `old_files` tells a flavour by."""
+        shape, kind = (None, "") if self.labels is None else (self.labels.shape, self.labels.dtype.kind)
+        return GroupLook(self.name, self.shape, self.dtype, shape, kind, self.attributes)
 
 
 MAX_OPEN = 64  # a folder of thousands of files must not use up the file descriptors of a process (often 1,024)
@@ -262,43 +287,45 @@ _HDF5_FILES: OpenFiles[h5py.File] = OpenFiles(MAX_OPEN, h5py.File.close)
 class WindowStore(Store):
     """Random access to the windows of one HDF5 file. Between reads it holds no handle of its own (`OpenFiles` does).
 
-    Files without our attributes (the reference's flavours) need to be told what they do not say: `montage` (a
-    `Montage` or a name of `CHANNEL_ORDERS`; TUAB/TUAR/TUSL files hold "tuh-bipolar-22-disk"), `unit` ("uV", "mV",
-    "V") and `sfreq` (hertz). `layout` "scrambled" undoes the reference's reshape of TUEG and Siena files (a stored
-    window is C pieces of mostly one channel); "auto" decides from the continuity of the signal at the seams.
+    Files without our attributes (the reference's flavours) are recognised, their rows named and brought to the order
+    of the pre-trained models, scrambled windows repaired, volts turned into microvolts; `old` overrules each of these
+    or asks for the reference's own reading. Who the subjects are is known from TUEG and Siena files only: the others
+    count as one subject per file, so that they cannot be divided by mistake.
 
-    Attributes besides those of `Store`: attributes (the file's own, decoded).
+    Attributes besides those of `Store`: attributes (the file's own, decoded), flavour (of the reference, or None),
+    scrambled (whether windows are repaired on reading), channel_rows (where the rows of a window lie in the file, None
+    = as stored), groups (names, in the order of the windows), first_rows (of each group), num_replaced (values that
+    were not finite and have been read as 0 so far).
     Raises ValueError, one sentence, when the file is missing, truncated, not a window store, or lacks information.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        montage: Montage | str | None = None,
-        unit: str | None = None,
-        sfreq: float | None = None,
-        layout: str = "auto",
-    ) -> None:
+    def __init__(self, path: str | Path, old: OldFiles = OldFiles()) -> None:  # noqa: B008  (frozen)
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"window store {self.path} does not exist: make it with `python -m data_pipeline.prepare`")
         self._identity = _identity(self.path.stat())
+        self._title = f"{self.path.resolve().parent.name}/{self.path.stem}"  # the reference calls every file train.h5
+        self._old = old
+        self.num_replaced = 0
         with self._readable(), h5py.File(self.path, "r") as file:
             self.attributes = {key: _decoded(value) for key, value in file.attrs.items()}
             blocks = self._blocks(file)
-            self._read_settings(montage, unit, sfreq)
+            self.flavour: Flavour | None = None
+            if "window_layout" not in self.attributes:
+                self.flavour = identify([block.look for block in blocks])
+            self._read_settings(blocks)
             self._index(blocks)
-            self._scrambled = self._layout_is_scrambled(file, layout)
+            self.scrambled = self._layout_is_scrambled(file)
 
     def read_into(self, rows: np.ndarray, windows: Sequence[np.ndarray]) -> None:
         """Write window `rows[i]` into `windows[i]`, see `Store.read_into`."""
-        groups = np.searchsorted(self._first_rows, rows, side="right") - 1
-        own = rows - self._first_rows[groups]
-        if self._scrambled or (self._offsets[groups] < 0).any():
-            self._read_by_hdf5(windows, groups, own)
-        else:
+        groups = np.searchsorted(self.first_rows, rows, side="right") - 1
+        own = rows - self.first_rows[groups]
+        as_they_lie = not self.scrambled and self.channel_rows is None
+        if as_they_lie and (self._offsets[groups] >= 0).all():
             self._read_plain(windows, self._offsets[groups] + own * windows[0].nbytes)
+        else:
+            self._read_by_hdf5(windows, groups, own)
         for window in windows:
             self._clean(window)
 
@@ -325,13 +352,13 @@ class WindowStore(Store):
         """Fill `windows` from the file itself: HDF5's library has one lock for all threads, and opens slowly."""
         with _DESCRIPTORS.use((str(self.path), self._identity), self._open_descriptor) as descriptor:
             for window, offset in zip(windows, offsets.tolist(), strict=True):
-                if os.preadv(descriptor, [memoryview(window)], offset) != window.nbytes:
+                if os.preadv(descriptor, [window.data], offset) != window.nbytes:
                     raise ValueError(f"{self.path} was truncated after it had been opened: make it again")
 
     def _read_by_hdf5(self, windows: Sequence[np.ndarray], groups: np.ndarray, own: np.ndarray) -> None:
         with self._readable(), _HDF5_FILES.use((str(self.path), self._identity), self._open_hdf5) as file:
             for group in np.unique(groups):
-                where, name = np.flatnonzero(groups == group), self._groups[group]
+                where, name = np.flatnonzero(groups == group), self.groups[group]
                 found = self._read_group(_dataset(file[name], "X", name), own[where])
                 for place, window in zip(where.tolist(), found, strict=True):
                     windows[place][...] = window
@@ -352,18 +379,22 @@ class WindowStore(Store):
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
+        """Errors of HDF5's library, and of what it hands out of a damaged file, become one sentence."""
         try:
             yield
-        except (OSError, RuntimeError, KeyError) as error:
-            reason = str(error).strip("'\"").splitlines()[0]
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
+            if isinstance(error, ValueError) and str(self.path) in str(error):  # a sentence of ours
+                raise
+            reason = (str(error).strip("'\"").splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"{self.path} cannot be read as a window store, it is truncated or not HDF5 ({reason}): make it again"
             ) from error
 
     def _blocks(self, file: h5py.File) -> list[_Block]:
         blocks = [self._block(str(name), file[name]) for name in file if name != "index_map"]
-        if not blocks:
+        if not any(block.shape[0] for block in blocks):
             raise ValueError(f"{self.path} holds no group of windows")
+        blocks = [block for block in blocks if block.shape[0]]
         lengths = sorted({block.shape[2] for block in blocks})
         if len(lengths) > 1:
             raise ValueError(f"{self.path} mixes windows of {lengths} samples: one store holds one window length")
@@ -374,47 +405,78 @@ class WindowStore(Store):
         data = group.get("X") if isinstance(group, h5py.Group) else None
         if not isinstance(data, h5py.Dataset) or data.ndim != 3:
             raise ValueError(f"{self.path}: group {name!r} has no dataset X of shape (n, channels, samples)")
+        if data.dtype.kind not in "fiu" or min(data.shape[1:]) == 0:
+            raise ValueError(f"{self.path}: X of group {name!r} has shape {data.shape} and type {data.dtype}, which is "
+                             f"not a signal")  # fmt: skip
+        self._check_stored(data)
         attributes = {key: _decoded(value) for key, value in group.attrs.items()}
-        starts, labels = (
-            _dataset(group, column, name)[:] if column in group else None for column in ("start_sample", "y")
-        )
-        starts = np.full(len(data), -1) if starts is None else starts
-        return _Block(name, data.shape, _offset(data), attributes, starts, labels)
+        starts, labels, hashes = (self._column(group, key, len(data)) for key in ("start_sample", "y", "window_hash"))
+        return _Block(name, data.shape, _offset(data), attributes, starts, labels, hashes, data.dtype)
 
-    def _read_settings(self, montage: Montage | str | None, unit: str | None, sfreq: float | None) -> None:
-        attributes = self.attributes
-        unit = unit or attributes.get("unit")
-        sfreq = sfreq or attributes.get("sfreq")
-        if isinstance(montage, str):
-            montage = named_montage(montage)
-        self._given_montage = montage
-        known = montage is not None or "montages" in attributes or "channel_names" in attributes
-        lacking = [name for name, ok in (("montage", known), ("unit", unit), ("sfreq", sfreq)) if not ok]
+    def _column(self, group: h5py.Group, column: str, n: int) -> np.ndarray | None:
+        """A number, or a few, for each of the n windows."""
+        if column not in group:
+            return None
+        found, place = group[column], f"{self.path}: {str(group.name).strip('/')}/{column}"
+        if not isinstance(found, h5py.Dataset) or found.dtype.kind not in "fiub":
+            raise ValueError(f"{place} is not a dataset of numbers")
+        allowed = (1, 2) if column == "y" else (1,)
+        if found.ndim not in allowed or len(found) != n:
+            raise ValueError(f"{place} has shape {found.shape}, which does not fit {n} windows")
+        self._check_stored(found)
+        return found[:]
+
+    def _check_stored(self, data: h5py.Dataset) -> None:
+        """Refuse a dataset that declares more than it can hold: a damaged header must not fill the memory."""
+        declared, stored = int(np.prod(data.shape, dtype=object)) * data.dtype.itemsize, data.id.get_storage_size()
+        if data.is_virtual or data.external:
+            return
+        compressed = data.chunks is not None
+        largest = stored * _MOST_COMPRESSED if compressed else min(stored, self.num_bytes)
+        chunk = int(np.prod(data.chunks, dtype=object)) * data.dtype.itemsize if data.chunks else 0
+        if declared > largest or stored > self.num_bytes or chunk > max(largest, 1 << 26):
+            raise ValueError(f"{self.path}: {str(data.name).strip('/')} declares {data.shape} values, which the file "
+                             f"does not hold: it is damaged or was not written to the end, make it again")  # fmt: skip
+
+    def _read_settings(self, blocks: list[_Block]) -> None:
+        attributes, old, flavour = self.attributes, self._old, self.flavour
+        usual = flavour if flavour is not None and flavour.n_times == self.n_times else None
+        described = "window_layout" in attributes
+        given_unit = None if described or old.unit == "auto" else old.unit
+        unit = given_unit or attributes.get("unit") or (usual.unit if usual else None)
+        given_rate = None if described else old.sfreq
+        sfreq = given_rate or attributes.get("sfreq") or (usual.sfreq if usual else None)
+        lacking = [name for name, known in (("unit", unit), ("sfreq", sfreq)) if not known]
         if lacking:
+            made = f" ({flavour.corpora} files have windows of {flavour.n_times} samples)" if flavour else ""
             raise ValueError(
-                f"{self.path} does not say its {', '.join(lacking)} (a file of another pipeline): open it with "
-                f"WindowStore(path, {', '.join(f'{name}=...' for name in lacking)})"
+                f"{self.path} does not say its {' and '.join(lacking)}{made}, it is a file of another pipeline: give "
+                f"OldFiles({', '.join(f'{name}=...' for name in lacking)}), or data.old_files of a run"
             )
         if unit not in _TO_MICROVOLTS:
             raise ValueError(f"{self.path}: unknown unit {unit!r}, expected one of {', '.join(_TO_MICROVOLTS)}")
         self._scale = _TO_MICROVOLTS[unit]
-        self.sfreq = float(sfreq or 0.0)
+        if not (isinstance(sfreq, int | float) and 0 < sfreq < 1e6):
+            raise ValueError(f"{self.path}: the attribute sfreq is {sfreq!r}, expected a rate in hertz")
+        self.sfreq = float(sfreq)
         names = attributes.get("class_names")
-        self.class_names = None if names is None else list(json.loads(names))
-        self.montages = self._stored_montages()
+        self.class_names = None if names is None else [str(name) for name in json.loads(names)]
+        self.montages, self.channel_rows = self._read_montages(blocks[0].shape[1])
 
-    def _stored_montages(self) -> dict[str, Montage]:
-        if self._given_montage is not None:
-            return {self._given_montage.name: self._given_montage}
+    def _read_montages(self, channels: int) -> tuple[dict[str, Montage], np.ndarray | None]:
         if "montages" in self.attributes:
-            return montages_from_json(self.attributes["montages"])
-        montage = montage_of([normalize_name(str(name)) for name in self.attributes["channel_names"]])
-        return {montage.name: montage}
+            return montages_from_json(self.attributes["montages"]), None
+        names = self.attributes.get("channel_names")
+        try:
+            montage, rows = montage_of_rows(self._old, names, self.flavour, channels)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        return {montage.name: montage}, rows
 
     def _index(self, blocks: list[_Block]) -> None:
         counts = [block.shape[0] for block in blocks]
-        self._groups = [block.name for block in blocks]
-        self._first_rows = np.cumsum([0, *counts[:-1]])
+        self.groups = [block.name for block in blocks]
+        self.first_rows = np.cumsum([0, *counts[:-1]])
         self._offsets = np.array([block.offset for block in blocks])
         only = next(iter(self.montages)) if len(self.montages) == 1 else None
         montage_names = [only or str(block.attributes.get("montage", "")) for block in blocks]
@@ -426,10 +488,30 @@ class WindowStore(Store):
                     f"describe"
                 )
         self.montage_names = Names.repeated(montage_names, counts)
-        self.subjects = Names.repeated([str(b.attributes.get("subject_id", b.name)) for b in blocks], counts)
-        self.recordings = Names.repeated([str(b.attributes.get("recording_id", b.name)) for b in blocks], counts)
-        self.start_samples = np.concatenate([block.starts for block in blocks]).astype(np.int64)
+        who = [self._who(block) for block in blocks]
+        self.subjects = Names.repeated([subject for subject, _ in who], counts)
+        self.recordings = Names.repeated([recording for _, recording in who], counts)
+        self.start_samples = np.concatenate([self._starts(block) for block in blocks])
+        hashes = [block.hashes for block in blocks if block.hashes is not None]
+        self.window_hashes = np.concatenate(hashes).astype(np.uint64) if len(hashes) == len(blocks) else None
         self.labels = self._joined_labels(blocks)
+
+    def _who(self, block: _Block) -> tuple[str, str]:
+        """Subject and recording of a group; numbered groups of the reference tell neither."""
+        subject = subject_of_group(block.name) if self.flavour is not None and self.flavour.letter == "B" else None
+        unknown = (f"{self._title} (subjects unknown)", f"{self._title}/{block.name}")
+        unknown = unknown if subject is None else (subject, block.name)
+        found = (block.attributes.get(key) for key in ("subject_id", "recording_id"))
+        subject, recording = (str(name or guess) for name, guess in zip(found, unknown, strict=True))
+        return subject, recording
+
+    def _starts(self, block: _Block) -> np.ndarray:
+        """Places of the windows; those of a flavour-B recording follow each other from its beginning."""
+        if block.starts is not None:
+            return block.starts.astype(np.int64)
+        if self.flavour is not None and self.flavour.letter == "B":
+            return np.arange(block.shape[0], dtype=np.int64) * self.n_times
+        return np.full(block.shape[0], -1, dtype=np.int64)
 
     def _joined_labels(self, blocks: list[_Block]) -> np.ndarray | None:
         bare = [block.name for block in blocks if block.labels is None]
@@ -439,56 +521,83 @@ class WindowStore(Store):
             raise ValueError(
                 f"{self.path}: {len(bare)} groups have no labels (the first: {bare[0]!r}), the others have"
             )
-        labels = np.concatenate([block.labels for block in blocks if block.labels is not None])
-        if np.issubdtype(labels.dtype, np.integer):
+        found = [block.labels for block in blocks if block.labels is not None]
+        if len({(labels.dtype.kind in "iub", labels.shape[1:]) for labels in found}) > 1:
+            raise ValueError(f"{self.path}: the groups have labels of different kinds, y has different shapes or types")
+        labels = np.concatenate(found)
+        if labels.dtype.kind in "iub":
             return labels.astype(np.int32)
         return labels.astype(np.float32).reshape(len(labels), -1)
 
-    def _layout_is_scrambled(self, file: h5py.File, layout: str) -> bool:
-        if layout not in ("auto", "nct", "scrambled"):
-            raise ValueError(f"layout must be 'auto', 'nct' or 'scrambled', found {layout!r}")
-        if layout != "auto" or "window_layout" in self.attributes:
-            return layout == "scrambled"
-        return any(looks_scrambled(_dataset(file[name], "X", name)) for name in self._groups[:3])
+    def seams(self, groups: Sequence[int] | None = None) -> Seams:
+        """Whether the windows of some groups (places in `groups`; None: a few over the file) look scrambled."""
+        with self._readable(), h5py.File(self.path, "r") as file:
+            return self._seams(file, groups)
+
+    def _seams(self, file: h5py.File, groups: Sequence[int] | None = None) -> Seams:
+        spread = np.unique(np.linspace(0, len(self.groups) - 1, _MEASURED_GROUPS).astype(int)).tolist()
+        names = [self.groups[i] for i in (spread if groups is None else groups)]
+        found = [_dataset(file[name], "X", name) for name in names]
+        counts = [max(2, min(64, _MEASURED_BYTES // (data[:1].nbytes or 1))) for data in found]
+        return measure_seams([(data[:count], len(data)) for data, count in zip(found, counts, strict=True)])
+
+    def _layout_is_scrambled(self, file: h5py.File) -> bool:
+        stated = self.attributes.get("window_layout")
+        if stated is not None:
+            if stated != "nct":
+                raise ValueError(f"{self.path}: unknown window_layout {stated!r}: update lumamba_jax")
+            return False
+        if self._old.windows != "auto":
+            return self._old.windows == "scrambled"
+        if self.flavour is not None and self.flavour.letter != "B":
+            return False
+        return taken_for_scrambled(self._seams(file), self.flavour)
 
     def _read_group(self, data: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
-        if self._scrambled:
-            n, channels, _ = data.shape
-            pieces = rows[:, None] + n * np.arange(channels)  # true (window, channel) -> place in the stored order
-            return np.stack([[data[k // channels, k % channels] for k in row] for row in pieces]).astype(np.float32)
         unique, back = np.unique(rows, return_inverse=True)
         first, last = int(unique[0]), int(unique[-1])
-        if len(unique) == last - first + 1:  # a plain slice is much faster than a list of rows
-            return data[first : last + 1][back].astype(np.float32)
-        return data[unique][back].astype(np.float32)
+        together = len(unique) == last - first + 1  # a plain slice is much faster than a list of rows
+        if self.scrambled:
+            found = _unscrambled(data, first, last + 1) if together else np.concatenate(
+                [_unscrambled(data, row, row + 1) for row in unique.tolist()]
+            )  # fmt: skip
+        else:
+            found = data[first : last + 1] if together else data[unique]
+        if self.channel_rows is not None:
+            found = found[:, self.channel_rows]
+        return found[back].astype(np.float32)
 
     def _clean(self, signal: np.ndarray) -> None:
         """Make microvolts of a window just read, and zeros of a float16 overflow, in place."""
         if self._scale != 1.0:
             signal *= np.float32(self._scale)
-        if "window_layout" in self.attributes or np.isfinite(signal).all():
+        if "window_layout" in self.attributes or self._old.non_finite == "keep" or np.isfinite(signal).all():
             return
+        bad = int((~np.isfinite(signal)).sum())
+        self.num_replaced += bad
         warnings.warn(
-            f"{self.path}: {int((~np.isfinite(signal)).sum())} values are not finite (a float16 overflow of the "
-            f"writing pipeline) and are read as 0",
+            f"{self.path}: {bad} values are not finite (a float16 overflow of the writing pipeline) and are read as 0",
             stacklevel=4,
         )
         np.nan_to_num(signal, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def looks_scrambled(data: h5py.Dataset | np.ndarray) -> bool:
-    """Whether (n,C,T) consecutive windows were reshaped without a transpose, told from the jumps at the seams.
+def _unscrambled(data: h5py.Dataset, first: int, stop: int) -> np.ndarray:
+    """True windows `first` to `stop` of a block that was reshaped from (C, n*T) to (n,C,T) as it lay in memory.
 
-    In such a block row c+1 of a window continues row c; in a right one window w+1 continues window w. Needs n >= 2
-    and C >= 2 (else False). At most 64 windows are looked at.
+    Channel c is then pieces c*n ... c*n + n - 1 of the stored order. Bit-exact; reads no more than it returns, and up
+    to a stored window at each end of a channel.
     """
-    if data.shape[0] < 2 or data.shape[1] < 2:
-        return False
-    head = np.asarray(data[:64], dtype=np.float64)
-    with np.errstate(invalid="ignore"):  # inf - inf of overflowed float16
-        within = np.nanmedian(np.abs(head[:, 1:, 0] - head[:, :-1, -1]))
-        across = np.nanmedian(np.abs(head[1:, :, 0] - head[:-1, :, -1]))
-    return bool(within < 0.5 * across)
+    n, channels, samples = data.shape
+    out = np.empty((stop - first, channels, samples), data.dtype)
+    for channel in range(channels):
+        begin, end = channel * n + first, channel * n + stop
+        whole = slice(begin // channels, -(-end // channels))
+        if stop - first == 1:
+            out[0, channel] = data[begin // channels, begin % channels]
+        else:
+            out[:, channel] = data[whole].reshape(-1, samples)[begin - whole.start * channels :][: stop - first]
+    return out
 
 
 def montages_from_json(text: str) -> dict[str, Montage]:

@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import h5py
 import numpy as np
 import pytest
 
-from configs import DataConfig, load
+from configs import DataConfig, from_mapping, load, to_mapping
 from configs.data import open_windows, resolve
 from data_pipeline.montages import named_montage
 from data_pipeline.store import StoreInfo, create_store
@@ -123,3 +124,19 @@ def test_missing_labels_and_missing_stores_are_said(tmp_path):
         open_windows(DataConfig(), labelled=False)
     with pytest.raises(ValueError, match="leave validation, test and split_file empty"):
         DataConfig(train=(bare,), test=(bare,), num_folds=5, fold=0)
+
+
+def test_old_files_are_read_as_the_configuration_says_and_it_says_so(tmp_path):
+    x = np.random.default_rng(0).normal(size=(2, 22, 1280))
+    for part in ("train", "val"):
+        with h5py.File(tmp_path / f"{part}.h5", "w") as f:
+            f["data_group_0/X"], f["data_group_0/y"] = x + len(part), np.array([0, 1])
+    names = {"train": (str(tmp_path / "train.h5"),), "validation": (str(tmp_path / "val.h5"),)}
+    true = open_windows(DataConfig(**names), labelled=True)
+    np.testing.assert_array_equal(true.stores[0][0]["signal"][20], (x + 5)[0, 8].astype(np.float32))  # A1-T3
+    asked = from_mapping({"data": {"old_files": {"channel_order": "as_reference"}}}, load("finetune_classify"))
+    assert to_mapping(asked)["data"]["old_files"]["channel_order"] == "as_reference"
+    mismatched = open_windows(dataclasses.replace(asked.data, **names), labelled=True)
+    np.testing.assert_array_equal(mismatched.stores[0][0]["signal"], (x + 5)[0].astype(np.float32))
+    with pytest.raises(ValueError, match=r"data\.old_files\.non_finite must be one of 'zero', 'keep'"):
+        from_mapping({"data": {"old_files": {"non_finite": "drop"}}}, load("finetune_classify"))

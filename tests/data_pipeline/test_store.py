@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.montages import CHANNEL_ORDERS, Montage, montage_of, named_montage
-from data_pipeline.store import StoreInfo, WindowStore, create_store, looks_scrambled
+from data_pipeline.old_files import OldFiles
+from data_pipeline.store import StoreInfo, WindowStore, create_store
 
 RNG = np.random.default_rng(0)
 INFO = StoreInfo(sfreq=100.0, n_times=50, stride_seconds=0.5, class_names=["rest", "task"])
@@ -192,37 +193,23 @@ def legacy_tuab(path):
 
 def test_reference_file_without_attributes_says_what_is_missing(tmp_path):
     x = legacy_tuab(tmp_path / "t.h5")
-    with pytest.raises(ValueError, match=r"does not say its montage, unit, sfreq .*montage=\.\.\., unit=\.\.\."):
+    with pytest.raises(
+        ValueError, match=r"does not say its unit and sfreq .TUAB.* files have windows of 1280"
+    ):
         WindowStore(tmp_path / "t.h5")
-    store = WindowStore(tmp_path / "t.h5", montage="tuh-bipolar-22-disk", unit="V", sfreq=256)
-    assert list(store.recordings) == ["data_group_10"] * 3 + ["data_group_2"] * 3  # the order of h5py
+    store = WindowStore(tmp_path / "t.h5", OldFiles("tuh-bipolar-22-disk", unit="V", sfreq=256))
+    assert [name.rsplit("/")[-1] for name in store.recordings] == ["data_group_10"] * 3 + ["data_group_2"] * 3
     np.testing.assert_allclose(store[4]["signal"], x[1] * 1e6, rtol=1e-6)
     assert list(store.start_samples) == [-1] * 6
     with pytest.raises(ValueError, match="has 22 channels"):
-        WindowStore(tmp_path / "t.h5", montage="siena-29", unit="V", sfreq=256)
-    with pytest.raises(ValueError, match="unknown montage"):
-        WindowStore(tmp_path / "t.h5", montage="nope", unit="V", sfreq=256)
-
-
-def test_scrambled_reference_windows_are_found_and_repaired(tmp_path):
-    names, n, t = CHANNEL_ORDERS["tuh-bipolar-22"], 5, 40
-    whole = 20 * RNG.normal(size=(22, n * t)).cumsum(axis=1)  # continuous, so the seams tell
-    right = whole.reshape(22, n, t).transpose(1, 0, 2)
-    scrambled = whole.reshape(n, 22, t)
-    assert looks_scrambled(scrambled)
-    assert not looks_scrambled(right)
-    for name, stored in (("s", scrambled), ("r", right)):
-        with h5py.File(tmp_path / f"{name}.h5", "w") as f:
-            f["rec/X"] = stored.astype(np.float16)
-            f.attrs["channel_names"] = list(names)
-        store = WindowStore(tmp_path / f"{name}.h5", unit="uV", sfreq=256)
-        np.testing.assert_array_equal(store.read(np.arange(n)), right.astype(np.float16).astype(np.float32))
-        assert store.montages["tuh-bipolar-22"].ch_names == names
+        WindowStore(tmp_path / "t.h5", OldFiles("siena-29", unit="V", sfreq=256))
+    with pytest.raises(ValueError, match="unknown channel order 'nope'"):
+        WindowStore(tmp_path / "t.h5", OldFiles("nope", unit="V", sfreq=256))
 
 
 def test_float16_overflow_is_read_as_zero_with_a_warning(tmp_path):
     with h5py.File(tmp_path / "o.h5", "w") as f:
         f["rec/X"] = np.array([[[1.0, np.inf, -np.inf, 2.0]]], dtype=np.float16)
-    store = WindowStore(tmp_path / "o.h5", montage=montage_of(["CZ"]), unit="uV", sfreq=256)
+    store = WindowStore(tmp_path / "o.h5", OldFiles("Cz", unit="uV", sfreq=256))
     with pytest.warns(UserWarning, match="2 values are not finite"):
         np.testing.assert_array_equal(store[0]["signal"], [[1.0, 0.0, 0.0, 2.0]])
