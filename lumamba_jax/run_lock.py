@@ -2,8 +2,10 @@
 
 `run.lock` holds host, process id and the start time of that process. On the holder's own machine (same boot, same
 process namespace) the process table says whether it is alive; a number that was reused is recognised by its start
-time. For anybody else the file's modification time, renewed by the holder every `heartbeat_s`, is the sign of life.
-Both times of a comparison come from the file system of the directory, so that clocks of hosts need not agree.
+time. For anybody else the file's modification time, renewed by the holder every `heartbeat_s`, is the sign of life:
+who finds a lock that is not yet silent for long enough waits until it is, since a run that is started again elsewhere
+meets the lock of its killed predecessor, and is refused only when a new sign of life shows that the holder lives. Both
+times of a comparison come from the file system of the directory, so that clocks of hosts need not agree.
 """
 
 import contextlib
@@ -12,15 +14,20 @@ import json
 import os
 import platform
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from lumamba_jax.agreement import on_first, say_on_stderr
+from lumamba_jax.agreement import first_text, on_first, say_on_stderr
 
 LOCK_FILE = "run.lock"
+
+
+class DirectoryInUseError(OSError):
+    """Another process works in the directory, alive as far as can be seen."""
 
 
 class RunLock:
@@ -38,7 +45,7 @@ class RunLock:
 
         Args:
             directory: of the run; created when it is taken.
-            say: receives the note that a lock was taken over.
+            say: receives the notes that a lock is waited for and was taken over.
             heartbeat_s: seconds between signs of life.
             stale_after_s: a holder on another machine that gave none for so long is taken for dead.
         """
@@ -49,10 +56,19 @@ class RunLock:
         self._ended = threading.Event()
 
     def __enter__(self) -> Self:
-        """Take the directory. Raises OSError, on every process, with a sentence that names the holder."""
+        """Take the directory; waits up to `stale_after_s` for a holder on another machine that may be dead.
+
+        Raises: DirectoryInUseError, on every process, with a sentence that names the holder; OSError of the disk.
+        """
+        refusal = None
         with on_first() as first:
             if first:
-                self._acquire()
+                try:
+                    self._acquire()
+                except DirectoryInUseError as error:
+                    refusal = str(error)
+        if (sentence := first_text(refusal)) is not None:
+            raise DirectoryInUseError(sentence)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -80,38 +96,64 @@ class RunLock:
         self._directory.mkdir(parents=True, exist_ok=True)
         own = _identity(os.getpid()) | {"token": uuid.uuid4().hex, "since": _now()}
         draft = self._path.with_name(f".{LOCK_FILE}.{own['token']}")
+        met: _Sign | None = None
+        while (found := self._attempt(own, draft)) is not None:
+            left_s = self._stale_after_s - found.silent_s
+            if not found.may_be_dead or (met is not None and not found.continues(met)):
+                raise DirectoryInUseError(self._refusal(found))
+            if met is None:
+                self._say(
+                    f"{self._directory} is held by {_name(found.holder)}{found.last_sign}: waiting up to "
+                    f"{left_s:.0f} s for another; without one it is taken over"
+                )
+                met = found
+            # A holder that lives gives its next sign within a heartbeat.
+            time.sleep(max(0.01, min(left_s, self._heartbeat_s / 6)))
+        self._own = own
+        threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
+
+    def _attempt(self, own: Mapping[str, Any], draft: Path) -> "_Sign | None":
+        """Take the directory unless somebody holds it: then what is seen of the holder."""
         with _exclusive(self._directory):
             try:
                 draft.write_text(json.dumps(own))
-                note = self._clear_stale(draft.stat().st_mtime)
+                found = self._look(draft.stat().st_mtime)
+                if found is not None and found.holds:
+                    return found
+                if found is not None:
+                    self._path.unlink(missing_ok=True)
                 _create(self._path, draft)
             finally:
                 draft.unlink(missing_ok=True)
-        self._own = own
-        threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
-        if note:
-            self._say(note)
+        if found is not None:
+            self._say(
+                f"{self._directory}: taken over from {_name(found.holder)}, which ended without releasing "
+                f"it{found.last_sign}"
+            )
+        return None
 
-    def _clear_stale(self, now: float) -> str | None:
-        """Remove the lock of a dead holder; the note about it. Raises OSError when the holder is alive."""
+    def _look(self, now: float) -> "_Sign | None":
+        """What is seen of the holder; None when there is none.
+
+        Args:
+            now: the time of the directory's file system.
+        """
         try:
-            silent_s = now - self._path.stat().st_mtime
+            seen = self._path.stat().st_mtime
         except FileNotFoundError:
             return None
         holder = _read(self._path)
-        here = _identity(os.getpid())
-        if holder is not None and holder["machine"] == here["machine"]:
-            alive, sign = _start_of(holder["pid"]) == (holder["started"] or 0), ""
-        else:
-            alive, sign = silent_s < self._stale_after_s, f", last sign of life {max(0.0, silent_s):.0f} s ago"
-        name = _name(holder)
-        if alive:
-            hint = f" (it counts as gone after {self._stale_after_s:.0f} s of silence)" if sign else ""
-            raise OSError(
-                f"{self._directory} is in use by {name}{sign}: wait for it, stop it{hint}, or choose another directory"
-            )
-        self._path.unlink(missing_ok=True)
-        return f"{self._directory}: taken over from {name}, which ended without releasing it{sign}"
+        if holder is not None and holder["machine"] == _identity(os.getpid())["machine"]:
+            alive = _start_of(holder["pid"]) == (holder["started"] or 0)
+            return _Sign(holder, seen, now - seen, holds=alive, may_be_dead=False)
+        return _Sign(holder, seen, now - seen, holds=now - seen < self._stale_after_s, may_be_dead=True)
+
+    def _refusal(self, found: "_Sign") -> str:
+        hint = f" (it counts as gone after {self._stale_after_s:.0f} s of silence)" if found.may_be_dead else ""
+        return (
+            f"{self._directory} is in use by {_name(found.holder)}{found.last_sign}: wait for it, stop it{hint}, or "
+            "choose another directory"
+        )
 
     def _beat(self) -> None:
         own = self._own
@@ -120,6 +162,27 @@ class RunLock:
                 if _read(self._path) != own:
                     return
                 os.utime(self._path)
+
+
+class _Sign(NamedTuple):
+    """What is seen of a lock's holder: who it is, when it gave its last sign of life and how long ago that is.
+
+    `may_be_dead`: only silence tells whether it lives; `holds`: it does as far as is known now.
+    """
+
+    holder: dict[str, Any] | None
+    seen: float
+    silent_s: float
+    holds: bool
+    may_be_dead: bool
+
+    @property
+    def last_sign(self) -> str:
+        return f", last sign of life {max(0.0, self.silent_s):.0f} s ago" if self.may_be_dead else ""
+
+    def continues(self, earlier: "_Sign") -> bool:
+        """Whether the same holder has been silent since."""
+        return (self.holder, self.seen) == (earlier.holder, earlier.seen)
 
 
 def _identity(pid: int) -> dict[str, Any]:
@@ -175,7 +238,7 @@ def _create(path: Path, draft: Path) -> None:
             with path.open("x") as file:
                 file.write(draft.read_text())
     except FileExistsError as error:
-        raise OSError(f"{path.parent} was taken by {_name(_read(path))} at this very moment") from error
+        raise DirectoryInUseError(f"{path.parent} was taken by {_name(_read(path))} at this very moment") from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lumamba_jax import run_lock
-from lumamba_jax.run_lock import LOCK_FILE, RunLock
+from lumamba_jax.run_lock import LOCK_FILE, DirectoryInUseError, RunLock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOLDER = """
@@ -95,22 +96,74 @@ def test_a_reused_process_number_is_recognised(tmp_path, holder):
 
 
 @pytest.mark.parametrize("machine", ["node7 another-boot pid:[1]", "same name, rebooted"])
-def test_on_another_machine_the_sign_of_life_decides(tmp_path, holder, machine):
+def test_a_run_elsewhere_that_gives_no_new_sign_of_life_is_waited_for_and_taken_over(tmp_path, holder, machine):
     path = tmp_path / "run" / LOCK_FILE
     rewritten(path, host="node7", machine=machine, pid=1)
-    with pytest.raises(OSError, match=r"process 1 on node7 .*last sign of life \d s ago.*gone after 180 s of silence"):
-        RunLock(tmp_path / "run").__enter__()
+    os.utime(path, (time.time() - 175, time.time() - 175))
+    notes = []
+    with RunLock(tmp_path / "run", say=notes.append) as lock:
+        lock.check()
+    assert len(notes) == 2  # it says once that it waits
+    assert "held by process 1 on node7" in notes[0]
+    assert re.search(r"last sign of life 17\d s ago: waiting up to \d s", notes[0])
+    assert "taken over from process 1 on node7" in notes[1]
+    assert int(notes[1].split("last sign of life ")[1].split()[0]) >= 180
+
+
+def test_a_run_elsewhere_that_is_silent_for_long_is_taken_over_at_once(tmp_path, holder):
+    path = tmp_path / "run" / LOCK_FILE
+    rewritten(path, host="node7", machine="another")
     os.utime(path, (time.time() - 200, time.time() - 200))
     notes = []
     with RunLock(tmp_path / "run", say=notes.append):
+        assert len(notes) == 1
         assert "last sign of life 20" in notes[0]
+
+
+def test_a_run_elsewhere_that_gives_a_sign_of_life_meanwhile_is_respected(tmp_path, holder):
+    path, notes = tmp_path / "run" / LOCK_FILE, []
+    rewritten(path, host="node7", machine="another", pid=1)
+    os.utime(path, (time.time() - 100, time.time() - 100))
+
+    def alive_when_asked(note: str) -> None:
+        notes.append(note)
+        os.utime(path)
+
+    with pytest.raises(
+        DirectoryInUseError, match=r"process 1 on node7 .*last sign of life \d s ago.*gone after 180 s of silence"
+    ):
+        RunLock(tmp_path / "run", say=alive_when_asked, heartbeat_s=0.6).__enter__()
+    assert len(notes) == 1
+    assert [name.name for name in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+
+
+def test_what_happens_to_the_lock_while_it_is_waited_for(tmp_path, holder):
+    path = tmp_path / "run" / LOCK_FILE
+    rewritten(path, host="node7", machine="another")
+
+    def taken_by_another(_: str) -> None:
+        seen = path.stat().st_mtime
+        rewritten(path, host="node9")
+        os.utime(path, (seen, seen))
+
+    with pytest.raises(DirectoryInUseError, match="on node9"):
+        RunLock(tmp_path / "run", say=taken_by_another, heartbeat_s=0.6).__enter__()
+    notes = []
+
+    def released(note: str) -> None:
+        notes.append(note)
+        path.unlink(missing_ok=True)
+
+    with RunLock(tmp_path / "run", say=released, heartbeat_s=0.6) as lock:
+        lock.check()
+        assert len(notes) == 1  # it was released: nothing is taken over
 
 
 def test_a_lock_that_cannot_be_read_is_respected_while_it_is_young(tmp_path):
     path = tmp_path / LOCK_FILE
     path.write_text("{")
-    with pytest.raises(OSError, match="unknown process"):
-        RunLock(tmp_path).__enter__()
+    with pytest.raises(DirectoryInUseError, match="unknown process"):
+        RunLock(tmp_path, say=lambda _: os.utime(path, (time.time() + 1,) * 2), heartbeat_s=0.6).__enter__()
     os.utime(path, (0, 0))
     with RunLock(tmp_path, say=lambda _: None):
         assert json.loads(path.read_text())["pid"] == os.getpid()
