@@ -1,12 +1,21 @@
 """What the processes of a run say: one text from each to all of them, and notes to the user."""
 
 import contextlib
+import json
+import socket
 import sys
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+_LEAST_BYTES = 256
+_KINDS: tuple[type[Exception], ...] = (FileNotFoundError, PermissionError, ConnectionError, OSError, ValueError)
+
+
+class OtherProcessError(ConnectionError):
+    """Another process of the run has crashed: starting again may help, nothing here is wrong."""
 
 
 def from_all_processes(text: str) -> list[str]:
@@ -15,10 +24,15 @@ def from_all_processes(text: str) -> list[str]:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.array(data.size, np.int32)))
-    padded = np.zeros(max(1, int(sizes.max())), np.uint8)
+    padded = np.zeros(_padded_size(int(sizes.max())), np.uint8)
     padded[: data.size] = data
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def _padded_size(size: int) -> int:
+    """A power of two: each size is compiled once, and texts have any length."""
+    return max(_LEAST_BYTES, 1 << (size - 1).bit_length())
 
 
 def first_text(text: str | None) -> str | None:
@@ -28,21 +42,62 @@ def first_text(text: str | None) -> str | None:
 
 @contextlib.contextmanager
 def on_first() -> Iterator[bool]:
-    """`with on_first() as first: if first: ...` is what process 0 does for all; what it refuses is refused by all
-    (ValueError stays one, everything else is an OSError).
+    """`with on_first() as first: if first: ...` is what process 0 does for all; what it refuses is refused by all.
 
-    All processes must come by; nobody goes on before process 0 is through.
+    All processes must come by; nobody goes on before process 0 is through. Raises as `gathered_errors`, in the words of
+    process 0.
     """
-    refusal = None
-    try:
+    with _shared_errors(""):
         yield jax.process_index() == 0
-    except (OSError, ValueError) as error:
+
+
+@contextlib.contextmanager
+def gathered_errors(where: str) -> Iterator[None]:
+    """`with gathered_errors("opening the data"): ...` is what each process does by itself before all meet again.
+
+    What goes wrong on one process ends all of them, instead of leaving the others in the next collective until they
+    give it up. Nothing collective may happen inside; all processes must come by.
+
+    Raises: ValueError, FileNotFoundError, PermissionError, ConnectionError or else OSError, the same on every process,
+        with `where`, number and host of the process in its sentence unless all met it. Any other exception is a bug or
+        a lack of memory: it leaves its own process as it is, with its stack, and the others with an OtherProcessError.
+        One process alone raises what it met, unchanged.
+    """
+    with _shared_errors(where):
+        yield
+
+
+@contextlib.contextmanager
+def _shared_errors(where: str) -> Iterator[None]:
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
         if jax.process_count() == 1:
             raise
-        refusal = f"{'ValueError' if isinstance(error, ValueError) else 'OSError'} {error}"
-    if (found := first_text(refusal)) is not None:
-        kind, _, sentence = found.partition(" ")
-        raise ValueError(sentence) if kind == "ValueError" else OSError(sentence)
+        own = error
+    found = [json.loads(text) for text in from_all_processes(_described(own)) if text]
+    if not found:
+        return
+    kind, sentence, process = found[0]
+    if own is not None and _kind_of(own) is None:
+        raise own
+    if kind is None or (where and len(found) < jax.process_count()):  # one sentence for what all of them met
+        sentence = f"{where + ' failed on ' if where else ''}{process}: {sentence}"
+    raise OtherProcessError(sentence) if kind is None else _KINDS[kind](sentence) from own
+
+
+def _described(error: Exception | None) -> str:
+    """JSON of [number in _KINDS or None, sentence, process]; "" for no error."""
+    if error is None:
+        return ""
+    kind, text = _kind_of(error), str(error)
+    sentence = text if kind is not None and text else f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+    return json.dumps([kind, sentence, f"process {jax.process_index()} ({socket.gethostname()})"])
+
+
+def _kind_of(error: Exception) -> int | None:
+    return next((number for number, kind in enumerate(_KINDS) if isinstance(error, kind)), None)
 
 
 def say_on_stderr(text: str) -> None:

@@ -5,6 +5,7 @@ the global view (`jit` over a mesh) and knows hosts only where it reads or write
 """
 
 import hashlib
+import inspect
 import os
 import socket
 from collections.abc import Mapping
@@ -20,6 +21,12 @@ Cluster = Literal["auto", "none", "tpu", "slurm", "ompi", "k8s"]
 
 _NAME_BYTES = 64
 _DIGEST_BYTES = 8
+# A process that ends waits so long for the others, which may be lost: JAX's own 300 s would delay every restart.
+_SHUTDOWN_SECONDS = 60
+
+
+class NotTogetherError(ConnectionError):
+    """The other processes were not there in time: starting again may help."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,9 @@ class HostsConfig:
 
     Attributes:
         cluster: "auto" = explicit addresses if given, else what the environment shows (SLURM, Open MPI, several TPU
-            workers), else one process; "none" = one process whatever the environment says; the others are asked for
-            by name, and JAX reads addresses and numbers from them.
+            workers on Kubernetes), else one process; "none" = one process whatever the environment says; the others are
+            asked for by name, and JAX reads addresses and numbers from them. Cloud TPU VMs show their workers only to
+            who asks the metadata server, so that "auto" takes each for one process: they need "tpu".
         coordinator: HOST:PORT of process 0, with `count` and `index`; or `JAX_COORDINATOR_ADDRESS`.
         count: processes of the run; or `JAX_NUM_PROCESSES`.
         index: number of this process, from 0; or `JAX_PROCESS_ID`.
@@ -54,21 +62,31 @@ class HostsConfig:
 def connect(config: HostsConfig) -> None:
     """Join the other processes of the run; nothing happens where there are none. Call before JAX is first used.
 
-    Raises: ValueError when addresses or numbers are incomplete; ConnectionError when the others are not there in time.
+    Raises: ValueError when addresses or numbers are incomplete, or the cluster asked for is not this one;
+        NotTogetherError when the others are not there in time.
     """
     arguments = _arguments(config)
     if arguments is None:
         return
+    address = arguments.get("coordinator_address", f"the cluster ({config.cluster})")
+    if "shutdown_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:
+        arguments["shutdown_timeout_seconds"] = _SHUTDOWN_SECONDS
     try:
         jax.distributed.initialize(
             **arguments,
             initialization_timeout=config.connect_seconds,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
         )
-    except (RuntimeError, ValueError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        address = arguments.get("coordinator_address", f"the cluster ({config.cluster})")
-        raise ConnectionError(f"the processes of the run did not come together at {address}: {first_line}") from error
+    except ValueError as error:
+        raise ValueError(f"hosts: {address} cannot be joined: {_first_line(error)}") from error
+    except RuntimeError as error:
+        raise NotTogetherError(
+            f"the processes of the run did not come together at {address}: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _arguments(config: HostsConfig) -> dict | None:
