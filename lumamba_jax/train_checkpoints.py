@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from lumamba_jax.agreement import first_text, from_all_processes, on_first, say_on_stderr
+from lumamba_jax.agreement import first_text, from_all_processes, gathered_errors, on_first, say_on_stderr
 from lumamba_jax.manifest import (
     Leaf,
     file_damage,
@@ -146,6 +146,24 @@ class TrainCheckpoints:
                 shutil.rmtree(self._hidden(step, _WRITING), ignore_errors=True)
             raise OSError(sentence) from error
 
+    def failure(self) -> str | None:
+        """The sentence of a save that has failed meanwhile on any process, once; what it left is removed.
+
+        Nothing is waited for while the save goes on. A caller that asks between its saves can save the present state
+        instead of losing the step: `save` and `wait` raise only where the next one is due.
+        """
+        if self._pending is None:  # all processes save alike
+            return None
+        _, future = self._pending
+        failed = future.done() and future.exception() is not None
+        if first_text("failed" if failed else None) is None:
+            return None
+        try:
+            self.wait()
+        except OSError as error:
+            return str(error)
+        return None
+
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Read the newest intact state (or exactly `step`) into the tree, dtypes and shardings of `abstract_state`.
 
@@ -166,7 +184,8 @@ class TrainCheckpoints:
             if damage is None:
                 records = leaves_of(manifest)
                 _require_same_tree(expected, records, path)
-                leaves = _load(path, expected)
+                with gathered_errors("restoring"):  # before all compare their leaves
+                    leaves = _load(path, expected)
                 damage = leaf_damage(records, leaves)
                 if damage is None:
                     self._set_aside(damaged, instead=candidate)

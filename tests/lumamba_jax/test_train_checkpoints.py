@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -86,6 +87,28 @@ def test_an_error_of_the_background_write_surfaces_at_the_next_call(tmp_path, mo
         assert [path.name for path in tmp_path.iterdir()] == ["1"]
         saved.save(3, make_state(3), {})
         assert saved.latest_step == 3
+
+
+def test_a_failed_save_can_be_asked_for_and_saved_again(tmp_path, slow_disk, monkeypatch):
+    with TrainCheckpoints(tmp_path) as saved:
+        assert saved.failure() is None
+        with monkeypatch.context() as patch:
+            slow_disk.set()
+            patch.setattr(train_checkpoints, "file_records", full_disk)
+            saved.save(1, make_state(1), {})
+            deadline = time.monotonic() + 60
+            while (sentence := saved.failure()) is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert sentence == f"{tmp_path / '1'} could not be saved: the disk is full; no earlier one exists"
+        assert list(tmp_path.iterdir()) == []
+        assert saved.failure() is None  # told once
+        slow_disk.clear()
+        saved.save(2, make_state(2), {})
+        assert saved.failure() is None  # in progress: not waited for
+        assert train_checkpoints.steps_in(tmp_path) == []
+        slow_disk.set()
+        assert saved.steps == [2]
+        assert saved.failure() is None
 
 
 def test_an_error_surfaces_at_the_end_unless_there_is_another_one(tmp_path, monkeypatch):
@@ -313,7 +336,29 @@ with train_checkpoints.TrainCheckpoints(directory + "/checkpoints", keep=2) as s
         print(error)
     if index == 0:
         train_checkpoints.file_records = original
+    def breaking(function):  # after what Orbax does on all processes together
+        def then_broken(*arguments):
+            function(*arguments)
+            broken()
+        return then_broken
+
+    finish = saved._finish
+    if index == 1:  # process 0 commits meanwhile
+        saved._finish = breaking(finish)
     saved.save(5, state(5), {"step": 5})
+    while (sentence := saved.failure()) is None:
+        pass
+    print("told:", sentence)
+    saved._finish = finish
+    saved.save(5, state(5), {"step": 5})
+    load = train_checkpoints._load
+    if index == 1:
+        train_checkpoints._load = breaking(load)
+    try:
+        saved.restore(abstract)
+    except OSError as error:
+        print("restore:", error)
+    train_checkpoints._load = load
 
 config = LuMambaConfig(embed_dim=16, num_queries=2, num_heads=2, num_blocks=1, d_state=4, head="linear", num_outputs=3)
 shape = checkpoint.abstract_params(config)
@@ -346,12 +391,16 @@ def test_two_processes_write_one_checkpoint_that_one_process_reads(tmp_path):
     outputs = []
     for process in processes:
         try:
-            outputs.append(process.communicate(timeout=100))
+            outputs.append(process.communicate(timeout=600))
         finally:
             process.kill()
     for process, (out, err) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, out + err[-3000:]
         assert "4 could not be saved: the disk is full; earlier ones are untouched, the newest is 2\n" in out
+        assert "told: " in out
+        assert "5 could not be saved: the disk is full; " in out
+        host = socket.gethostname()
+        assert f"restore: restoring failed on process 1 ({host}): [Errno 28] No space left on device\n" in out
         assert out.splitlines()[-1] == "done"
     assert "3 is damaged: state/_CHECKPOINT_METADATA is missing" in outputs[0][1]
     assert "damaged" not in outputs[1][1]
