@@ -199,8 +199,13 @@ def require_same_encoder(found: ModelConfig, expected: ModelConfig, source: str 
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
+    """Versions of the packages that decide the numbers and the order of the data."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a model is used without the input pipeline
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _export_in(directory: str | Path) -> Path:

@@ -1,6 +1,7 @@
 """Checkpoints: what is written comes back bit for bit, completely or not at all, and another architecture is named."""
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 
@@ -41,6 +42,21 @@ def test_pretrained_round_trip_is_exact(tmp_path):
     locations = jax.random.normal(jax.random.key(2), (2, 3, 3)) * 0.1
     expected = nnx.merge(graphdef, params)(signal, locations).logits
     np.testing.assert_array_equal(nnx.merge(graphdef, loaded)(signal, locations).logits, expected)
+
+
+def test_versions_name_what_decides_numbers_and_order_and_miss_no_package_that_is_absent(monkeypatch):
+    found = checkpoint.package_versions()
+    assert {"jax", "numpy", "grain"} <= found.keys()
+    assert found["numpy"] == np.__version__
+    installed = importlib.metadata.version
+
+    def without_grain(name):
+        if name == "grain":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(checkpoint.importlib.metadata, "version", without_grain)
+    assert checkpoint.package_versions() == {name: version for name, version in found.items() if name != "grain"}
 
 
 def test_export_replaces_an_earlier_one_and_leaves_nothing_beside_it(tmp_path):
