@@ -7,8 +7,10 @@ resume), `best` (the exported model of the lowest validation loss), `results.jso
 
 import dataclasses
 import json
+import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ import configs
 from configs import ExperimentConfig
 from configs.data import Windows, open_windows, resolve
 from configs.results import SHOWN, baseline_predictions, kind_of, predictions_of, print_table, save_predictions, score
-from configs.schema import differences
+from configs.run_directory import facts, open_run_directory
 from data_pipeline.loader import Batches
 from lumamba_jax.agreement import from_all_processes, on_first
 from lumamba_jax.checkpoint import (
@@ -28,20 +30,19 @@ from lumamba_jax.checkpoint import (
     TrainCheckpoints,
     abstract_params,
     load_pretrained,
-    package_versions,
     read_metadata,
     require_same_encoder,
     save_pretrained,
 )
 from lumamba_jax.compilation import enable_compilation_cache
-from lumamba_jax.hosts import HostsConfig, any_process, code_version, connect, is_first, require_agreement, wait_for_all
+from lumamba_jax.hosts import any_process, connect, is_first, require_agreement, wait_for_all
 from lumamba_jax.micro_batches import blocks_per_device
 from lumamba_jax.optimizer import make_optimizer, make_schedule
 from lumamba_jax.run_clock import goodput_line
-from lumamba_jax.run_lock import RunLock
+from lumamba_jax.run_lock import DirectoryInUseError, RunLock
 from lumamba_jax.run_log import write_json
 from lumamba_jax.session import Session
-from lumamba_jax.sharding import make_mesh, to_global
+from lumamba_jax.sharding import make_mesh, place, state_shardings, to_global
 from lumamba_jax.tasks import EMBEDDING, WINDOW_ERROR, make_task, step_flops
 from lumamba_jax.train_checkpoints import steps_in
 from lumamba_jax.training import (
@@ -61,22 +62,13 @@ from lumamba_jax.training import (
     non_finite_steps,
     select_pretrained,
 )
+from lumamba_jax.watchdog import Watchdog
 
 STARTED = time.time()
 
-# Fields that may differ between a run and its continuation: they change nothing that is computed.
-MAY_CHANGE = ("trainer.resume", "trainer.stop_after", "trainer.run_dir", "trainer.log_every", "trainer.baseline")
-MAY_CHANGE += ("trainer.profile", "trainer.hang_seconds", "trainer.non_finite_limit")
-MAY_CHANGE += (
-    "trainer.keep_checkpoints",
-    "trainer.keep_every",
-    "mesh.devices",
-    "mesh.fsdp",
-    "loader.reader_threads",
-    "loader.prefetch",
-)
-MAY_CHANGE += tuple(f"hosts.{field.name}" for field in dataclasses.fields(HostsConfig))
-STOPPED = 75  # exit status of a run that was asked to stop and is saved: start it again
+DIVERGED, WRONG_INPUT, CRASHED, STOPPED = 1, 2, 70, 75  # the last two: start it again
+_ASK_SECONDS = 10.0  # how often the processes of a run ask each other for a signal
+_SAVE_TRIES = 3
 
 
 class _RollBackError(Exception):
@@ -124,6 +116,7 @@ class Run:
         self.optimizer = make_optimizer(config.optimizer, params, **schedule, trainable=trainable)
         seed, micro_batch = config.trainer.seed, config.trainer.micro_batch
         blocks_per_device(config.loader.batch_size, micro_batch, self.mesh)  # refuses what does not fit
+        self._ask_every, self._failed_saves, self._bad_windows = 1, 0, 0
         self.eval_step = make_eval_step(config.model, self.task, self.mesh, seed=seed, micro_batch=micro_batch)
 
     def start(self, checkpoints: TrainCheckpoints, warm: WarmStart | None) -> tuple[TrainState, Progress]:
@@ -136,7 +129,12 @@ class Run:
         return init_state(self.config.model, self.optimizer, self.mesh, seed=seed, pretrained=loaded), Progress()
 
     def train(
-        self, checkpoints: TrainCheckpoints, lock: RunLock, state: TrainState, progress: Progress
+        self,
+        checkpoints: TrainCheckpoints,
+        lock: RunLock,
+        watchdog: Watchdog,
+        state: TrainState,
+        progress: Progress,
     ) -> tuple[bool, str]:
         """Run the loop; returns (finished, why it ended)."""
         trainer = self.config.trainer
@@ -146,7 +144,7 @@ class Run:
         stop_at = min(self.total_steps, start + (trainer.stop_after or self.total_steps))
         watched = {"start_step": start, "total_steps": self.total_steps, "mesh": self.mesh, "started": STARTED}
         watched |= {"compute_dtype": self.config.model.compute_dtype, "silent": not is_first()}
-        with Session(self.directory, **watched, hang_seconds=trainer.hang_seconds, profile=trainer.profile) as session:
+        with Session(self.directory, watchdog, **watched, profile=trainer.profile) as session:
             programs = self._programs(session)
             while True:
                 try:
@@ -185,7 +183,7 @@ class Run:
         stop_at: int,
     ) -> tuple[bool, str]:
         """Steps from `state` to `stop_at`, or to a stop request. Raises _RollBackError as `non_finite` says."""
-        start, passed = int(state.step), progress.passed_over
+        trainer, start, passed = self.config.trainer, int(state.step), progress.passed_over
         batches = self.train_batches.iterate(start + passed, stop_at + passed)
         for step, host_batch in session.steps(batches, start + 1):
             batch = to_global(host_batch, self.mesh)
@@ -193,15 +191,13 @@ class Run:
                 state, metrics = programs.train(state, batch)
             session.dispatched(step, metrics, **self._work_of(host_batch, batch))
             validates = step % self.validate_every == 0 or step == self.total_steps
-            logs = step % self.config.trainer.log_every == 0 or validates or step == stop_at
-            # A signal reaches one host: all leave at the same step, and ask each other where they meet anyway.
-            asked = session.stop.requested
-            if jax.process_count() > 1:
-                asked = logs and any_process(flag=asked)
-            leaves = step == stop_at or asked
-            if logs or leaves:
+            logs = step % trainer.log_every == 0 or validates or step == stop_at
+            leaves = step == stop_at or self._stop_asked(session, step)
+            saves = validates or leaves or (trainer.checkpoint_every and step % trainer.checkpoint_every == 0)
+            if logs or saves:
                 self._record(session, progress, step)
-            if validates or leaves:
+                saves |= self._save_failed(session, checkpoints)
+            if saves:
                 with on_first() as first:
                     if first:
                         lock.check()
@@ -209,7 +205,7 @@ class Run:
                 with session.clock.phase("validation"):
                     self._validate(session, programs, state, progress, step)
             finished = step == self.total_steps or self._out_of_patience(progress)
-            if validates or leaves:
+            if saves:
                 with session.clock.phase("checkpoint"):
                     checkpoints.save(step, state, progress.to_json())
             if finished:
@@ -218,10 +214,31 @@ class Run:
                 return False, f"stopped and saved at step {step} of {self.total_steps}: continue with resume"
         raise AssertionError("the loop ends at stop_at")
 
+    def _stop_asked(self, session: Session, step: int) -> bool:
+        """Whether a signal asks to stop. It may reach one process only: all ask each other at the same steps."""
+        if jax.process_count() == 1:
+            return session.stop.requested
+        return step % self._ask_every == 0 and any_process(flag=session.stop.requested)
+
+    def _save_failed(self, session: Session, checkpoints: TrainCheckpoints) -> bool:
+        """Whether a save in the background failed since the last time: said, and to be tried again with this state.
+
+        Raises: OSError when several in a row failed.
+        """
+        problem = checkpoints.failure()
+        if problem is None:
+            return False
+        self._failed_saves += 1
+        if self._failed_saves >= _SAVE_TRIES:
+            raise OSError(problem)
+        session.log.say(f"{problem}. Trying again with the state of now ({self._failed_saves} of {_SAVE_TRIES} tries)")
+        return True
+
     def _work_of(self, host_batch: Mapping[str, np.ndarray], batch: Mapping[str, jax.Array]) -> dict[str, Any]:
         """Windows, model FLOPs and common montage of a batch, for the session's figures."""
         rows, channels, samples = batch["signal"].shape
-        flops = rows * step_flops(self.config.task, self.config.model, channels, samples)
+        frozen = self.config.trainer.freeze_encoder
+        flops = rows * step_flops(self.config.task, self.config.model, channels, samples, frozen_encoder=frozen)
         one_montage = self.config.loader.grouping == "montage" and self.windows.has_several_montages
         group = self.windows.montage_names_of(host_batch["window_id"][:1])[0] if one_montage else ""
         return {"windows": rows, "flops": flops, "group": str(group)}
@@ -231,15 +248,18 @@ class Run:
         fetched, groups = session.fetch()
         if bad := non_finite_steps(fetched):
             self._act_on_non_finite(session, progress, {k: fetched[k][WINDOW_FINITE] for k in bad})
-        means = mean_metrics(fetched)
+        trainer, means = self.config.trainer, mean_metrics(fetched)
         for group in sorted({name for name in groups.values() if name}):
             own = {k: metrics for k, metrics in fetched.items() if groups[k] == group}
             means[f"loss/{group}"] = mean_metrics(own)["loss"]
-        if self.config.trainer.non_finite == "skip":
+        if trainer.non_finite == "skip":
             means["skipped_steps"] = progress.skipped_steps
         optimizer = self.config.optimizer
         means["learning_rate"] = float(self.rate((step - 1) // optimizer.accumulation, optimizer.lr))
         session.record(step, means)
+        if jax.process_count() > 1:  # all must ask at the same steps: the slowest decides
+            slowest = max(float(text) for text in from_all_processes(f"{session.step_seconds:.6f}"))
+            self._ask_every = max(1, min(trainer.log_every, int(_ASK_SECONDS / max(slowest, 1e-6))))
 
     def _act_on_non_finite(self, session: Session, progress: Progress, finite: Mapping[int, np.ndarray]) -> None:
         """Name the windows of the steps `finite` tells of, and skip, roll back or end as the configuration says.
@@ -295,7 +315,8 @@ class Run:
         self, session: Session, programs: "_Programs", state: TrainState, progress: Progress, step: int
     ) -> None:
         batches = self.evaluation_batches["validation"]
-        evaluation = evaluate(programs.validation, state.params, batches, self.mesh)
+        evaluation = evaluate(programs.validation, state.params, session.each(batches), self.mesh)
+        self._report_bad_windows(session, step)
         metrics = self.task.summarize(evaluation.outputs, evaluation.label)
         session.log.write(step, "validation", metrics | self._losses_by_montage(evaluation))
         best = progress.update(metrics["loss"], step)
@@ -304,6 +325,17 @@ class Run:
         shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
         session.log.say(f"step {step}/{self.total_steps}  validation {shown}{'  (best)' if best else ''}")
         session.alive()
+
+    def _report_bad_windows(self, session: Session, step: int) -> None:
+        """Say how many unusable windows were met so far, when there are new ones."""
+        own = self.train_batches.num_bad_windows + self.evaluation_batches["validation"].num_bad_windows
+        count = sum(int(text) for text in from_all_processes(str(own)))
+        if count > self._bad_windows:
+            self._bad_windows = count
+            session.log.say(
+                f"{count} windows so far are flat or not finite: replaced (training), left out (validation)"
+            )
+            session.log.write_performance({"event": "bad_windows", "step": step, "count": count})
 
     def _losses_by_montage(self, evaluation: Evaluation) -> dict[str, float]:
         """The loss of each montage's windows; in pre-training the error of their own hidden samples, if any."""
@@ -342,17 +374,26 @@ class Run:
         origin = read_metadata(source)["provenance"] if source else {}
         return {key: origin[key] for key in ("licence", "licence_note") if origin.get(key)}
 
-    def score_best(self) -> dict[str, dict[str, float]]:
-        """Metrics of the best model on validation and test, with the baseline beside; predictions are saved."""
+    def score_best(self, watchdog: Watchdog) -> dict[str, dict[str, float]]:
+        """Metrics of the best model on validation and test, with the baseline beside; predictions are saved.
+
+        Every process works all of it out, so that none waits for another one's baseline; the first one writes.
+        Raises: FloatingPointError when no validation loss was finite, so that there is no best model.
+        """
+        if not (self.directory / BEST_DIRECTORY).is_dir():
+            raise FloatingPointError(f"no validation of {self.directory} had a finite loss: there is no best model")
         params = load_pretrained(self.directory)[1]
+        params = place(params, state_shardings(abstract_params(self.config.model), self.mesh))
         results = {}
         for part, batches in self.evaluation_batches.items():
-            evaluation = evaluate(self.eval_step, params, batches, self.mesh)
+            watchdog.alive()
+            evaluation = evaluate(self.eval_step, params, watchdog.each(batches), self.mesh)
             results[part] = self.task.summarize(evaluation.outputs, evaluation.label)
-            if self.windows.labels is not None and is_first():
-                predictions = predictions_of(evaluation, self.windows)
-                path = self.directory / f"predictions_{part}.npz"
-                save_predictions(path, predictions, self.windows.class_names)
+            if self.windows.labels is not None:
+                if is_first():
+                    predictions = predictions_of(evaluation, self.windows)
+                    path = self.directory / f"predictions_{part}.npz"
+                    save_predictions(path, predictions, self.windows.class_names)
                 if self.config.trainer.baseline:
                     kind = kind_of(self.config.task.kind, self.windows.labels)
                     results[f"{part}, band power"] = score(baseline_predictions(self.windows, part), kind)
@@ -374,73 +415,65 @@ def warm_start(config: ExperimentConfig) -> WarmStart | None:
     return warm
 
 
-def open_directory(config: ExperimentConfig, windows: Windows) -> None:
-    """Write config, versions and split into the run's directory, or check that they fit a run to be resumed."""
-    directory = Path(config.trainer.run_dir)
-    saved = directory / "config.yaml"
-    if saved.is_file():
-        if not config.trainer.resume:
-            raise ValueError(f"{directory} already holds a run: continue it with --trainer.resume true, or choose "
-                             f"another --trainer.run-dir")  # fmt: skip
-        changed = [line for name, line in differences(configs.load(str(saved)), config) if name not in MAY_CHANGE]
-        if changed:
-            raise ValueError(f"{directory} cannot be resumed with another configuration: {'; '.join(changed)}")
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(package_versions(), directory / "versions.json")
-    windows.save_split(directory / "split.json")
-    configs.write_yaml(config, saved)
-
-
-def facts(config: ExperimentConfig, windows: Windows) -> dict[str, str]:
-    """What all processes of a run must have in common."""
-    settings = configs.to_mapping(config) | {"hosts": None}
-    here = Path(__file__).resolve().parent
-    return {
-        "configuration": json.dumps(settings, sort_keys=True),
-        "code": code_version(here / "lumamba_jax", here / "data_pipeline", here / "configs", here / "train.py"),
-        "packages": json.dumps(package_versions(), sort_keys=True),
-        "data": f"{windows.digest} {windows.split.digest}",
-    }
-
-
 def run(config: ExperimentConfig) -> bool:
     """One training session from configuration to results; whether the run is finished."""
     windows = open_windows(config.data, labelled=config.task.kind != "pretrain")
     config = resolve(config, windows)
-    require_agreement(facts(config, windows))
-    session = Run(config, windows)
+    found = facts(config, windows)
+    require_agreement(found)
+    this = Run(config, windows)
     warm = warm_start(config)
-    with RunLock(session.directory) as lock:
+    trainer = config.trainer
+    with RunLock(this.directory) as lock, Watchdog(trainer.hang_seconds, trainer.hang_exit_seconds) as watchdog:
         with on_first() as first:
             if first:
-                open_directory(config, windows)
-        retention = {"keep": config.trainer.keep_checkpoints, "keep_every": config.trainer.keep_every}
-        with TrainCheckpoints(session.directory / "checkpoints", **retention) as checkpoints:
-            finished, ending = session.train(checkpoints, lock, *session.start(checkpoints, warm))
+                for note in open_run_directory(config, windows, found):
+                    print(f"train.py: {note}", file=sys.stderr)
+        retention = {"keep": trainer.keep_checkpoints, "keep_every": trainer.keep_every}
+        with TrainCheckpoints(this.directory / "checkpoints", **retention) as checkpoints:
+            finished, ending = this.train(checkpoints, lock, watchdog, *this.start(checkpoints, warm))
         if is_first():
-            print(f"{session.directory}: {ending}")
-            print(goodput_line(session.directory))
+            print(f"{this.directory}: {ending}")
+            print(goodput_line(this.directory))
         if finished:
             wait_for_all("the best model is written")
-            results = session.score_best()
+            results = this.score_best(watchdog)
             if is_first():
-                write_json(results, session.directory / "results.json")
-                print_table(results, title=f"{session.directory}: best model, windows")
-    return finished or config.trainer.stop_after is not None
+                write_json(results, this.directory / "results.json")
+                print_table(results, title=f"{this.directory}: best model, windows")
+    return finished or trainer.stop_after is not None
 
 
 def main() -> int:
-    """Exit status 0, 2 for bad input (one sentence), 1 for a diverged run, 75 for one stopped by a signal and saved."""
+    """Exit status 0 finished, 1 diverged, 2 wrong input (one sentence), 70 crashed, 75 stopped by a signal and saved.
+
+    After 70 and 75 the same command goes on; after 1 and 2 it would only end so again.
+    """
     enable_compilation_cache()
+    status = CRASHED
     try:
         config = configs.cli(sys.argv[1:], "train.py")
         connect(config.hosts)
-        ended = run(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
-    return 0 if ended else STOPPED
+        status = 0 if run(config) else STOPPED
+    except FloatingPointError as error:
+        status = _say(error, DIVERGED)
+    except (ConnectionError, DirectoryInUseError) as error:  # others late, lost, or still at work in the directory
+        status = _say(error, STOPPED)
+    except (ValueError, OSError) as error:
+        status = _say(error, WRONG_INPUT)
+    except Exception:  # a bug, a lost process, a device out of memory: whoever reads it needs the stack
+        traceback.print_exc()
+        _say(RuntimeError("crashed; the same command goes on from the last checkpoint"), CRASHED)
+        if jax.process_count() > 1:  # the others wait for this process in a collective: let them notice at once
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(CRASHED)
+    return status
+
+
+def _say(error: Exception, status: int) -> int:
+    print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ BEGIN, END = "<!-- tables of benchmarks/pod_plans.py -->", "<!-- end of tables -
 
 TOPOLOGIES = ("v5e:16x16", "v5p:8x8x8", "v6e:8x8", "v4:4x4x4")
 HUGE = ("--model.embed-dim", "128", "--model.num-queries", "8", "--model.num-blocks", "24")
-BFLOAT16 = ("--model.compute-dtype", "bfloat16")
+BFLOAT16 = ("--model.compute-dtype", "bfloat16", "--trainer.non-finite", "stop")
 # Name -> preset and overrides; the batches are the published ones (32,640 and 8,160) as the next powers of 2.
 MODELS = {
     "lumamba_tiny": ("pretrain_lumamba_tiny", *BFLOAT16, "--loader.batch-size", "32768"),

@@ -83,10 +83,13 @@ class Windows:
 
     @functools.cached_property
     def digest(self) -> str:
-        """What the windows are, without reading a signal: sizes of files, subjects, recordings, places, labels."""
+        """What the windows are, without reading a signal: their hashes where the stores hold them, else the sizes of
+        files; subjects, recordings, places, labels. The same in every format and place."""
         found = hashlib.sha256()
         for store in self.stores:
-            found.update(f"{store.num_bytes} {store.sfreq} {store.n_times}".encode())
+            found.update(f"{store.sfreq} {store.n_times}".encode())
+            hashes = store.window_hashes
+            found.update(str(store.num_bytes).encode() if hashes is None else np.ascontiguousarray(hashes).tobytes())
             for column in (store.subjects, store.recordings, store.montage_names):
                 found.update("\n".join([*column.table, ""]).encode())
                 found.update(np.ascontiguousarray(column.codes).tobytes())

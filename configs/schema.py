@@ -87,12 +87,14 @@ class TrainerConfig:
         patience: stop after this many validations without a better validation loss; None = never.
         keep_checkpoints: how many train states are retained, 2 or more to fall back on when one is damaged; the best
             model is always kept in `best`.
+        checkpoint_every: steps between train states, besides those of validations.
         keep_every: train states of steps that are a multiple of it are retained as well.
         non_finite: what happens at a step whose loss or gradient is not finite. "stop" = the run ends with status 1;
             "skip" = the step leaves parameters and optimizer as they were; "rollback" = back to the newest checkpoint,
             and past the batches from there to that step. The windows are named in any case.
         non_finite_limit: the run ends after more skipped steps (or rollbacks) than this.
         hang_seconds: print the stacks of all threads when no step is done for so long; None = never.
+        hang_exit_seconds: end the process, with status 70, when no step is done for so long; None = never.
         profile: write a trace of so many steps to `profile/` (TensorBoard, XProf), after two steps of warming up.
         stop_after: end this session after so many steps, saved and ready to be resumed; None = at the end.
         init_from: exported model (converted, or `best` of a run, or the run itself) whose encoder is loaded.
@@ -111,9 +113,11 @@ class TrainerConfig:
     patience: int | None = None
     keep_checkpoints: int = 2
     keep_every: int | None = None
+    checkpoint_every: int | None = None
     non_finite: Literal["stop", "skip", "rollback"] = "stop"
     non_finite_limit: int = 20
     hang_seconds: float | None = 1800.0
+    hang_exit_seconds: float | None = 7200.0
     profile: int | None = None
     stop_after: int | None = None
     init_from: str = ""
@@ -123,7 +127,15 @@ class TrainerConfig:
 
     def __post_init__(self):
         names = ("epochs", "steps", "log_every", "validate_every", "patience", "stop_after", "keep_checkpoints")
-        for name in (*names, "micro_batch", "keep_every", "profile", "hang_seconds"):
+        for name in (
+            *names,
+            "micro_batch",
+            "keep_every",
+            "profile",
+            "hang_seconds",
+            "hang_exit_seconds",
+            "checkpoint_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"trainer: {name} must be at least 1, not {value}")

@@ -152,6 +152,7 @@ def compile_step(config: ExperimentConfig, topology: Topology, window: Window) -
         seed=config.trainer.seed,
         freeze_encoder=config.trainer.freeze_encoder,
         micro_batch=micro_batch,
+        skip_non_finite=config.trainer.non_finite == "skip",
     )
     state, batch = abstract_state(config.model, optimizer, mesh), _abstract_batch(config, window, mesh)
     started = time.perf_counter()

@@ -3,10 +3,10 @@
 `RunClock` watches one session of a run and says, at each line of metrics, what happened since the last; the lines are
 kept in `performance.jsonl`, which grows over restarts and is never rewritten. `summary` adds them up:
 
-    goodput = time in steps that the run kept / time from its first start until now
+    goodput = time in steps that the run kept / time from its first start to its last sign of life
 
 Steps that a killed session did and a later one had to repeat are lost, and so is everything else: set-up, compiling,
-waiting for input, validation, checkpoints, and the time in which nothing ran.
+waiting for input, validation, checkpoints, restoring after a rollback, and the time in which nothing ran.
 
 `python -m lumamba_jax.run_clock RUN` prints it.
 """
@@ -48,6 +48,7 @@ class _Interval:
     from_step: int
     windows: int = 0
     flops: float = 0.0
+    blurred: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
@@ -110,9 +111,10 @@ class RunClock:
             self._ready = time.perf_counter()
             yield batch
 
-    def add(self, name: Phase, seconds: float) -> None:
-        """Count time of the current interval, measured elsewhere, for a phase."""
-        self._interval.seconds[name] += seconds
+    def add_compile(self, seconds: float) -> None:
+        """Count time that was spent compiling. Steps may have run meanwhile: then the interval's speed is unknown."""
+        self._interval.seconds["compile"] += seconds
+        self._interval.blurred |= self._dispatched > 1
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -121,7 +123,7 @@ class RunClock:
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - begin)
+            self._interval.seconds[name] += time.perf_counter() - begin
 
     def dispatched(self, result: jax.Array, *, windows: int, flops: float) -> None:
         """A step was handed to the devices: `result` is one of its outputs, `flops` those of the model."""
@@ -142,20 +144,25 @@ class RunClock:
         wall = now - interval.begin
         seconds["step"] = max(0.0, wall - sum(seconds.values()))
         running = seconds["step"] + seconds["input"]
-        rate = interval.flops / running if running else 0.0
+        known = running > 0 and steps > 0 and not interval.blurred
+        rate = interval.flops / running if known else None
         return {
             "event": "steps",
             "time": time.time(),
             "from": interval.from_step,
             "step": step,
             "seconds": seconds,
-            "step_seconds": running / steps if steps else None,
-            "windows_per_second": interval.windows / running if running else None,
-            "tflops": rate / 1e12,
-            "mfu": rate / self._peak_flops if self._peak_flops else None,
-            "input_share": exposed / running if running else None,
+            "step_seconds": running / steps if known else None,
+            "windows_per_second": interval.windows / running if known else None,
+            "tflops": None if rate is None else rate / 1e12,
+            "mfu": rate / self._peak_flops if rate is not None and self._peak_flops else None,
+            "input_share": exposed / running if known else None,
             "peak_bytes_per_device": peak_bytes(),
         }
+
+    def end_line(self) -> dict[str, Any]:
+        """The line that ends a session, when it can still write one."""
+        return {"event": "end", "time": time.time()}
 
     def rewind(self, step: int) -> None:
         """The run went back to `step`: what was done since the last line is dropped."""
@@ -226,6 +233,7 @@ class Summary(NamedTuple):
     repeated: float
     setup: float
     down: float
+    other: float
     phases: dict[str, float]
     goodput: float
     step_seconds: float | None
@@ -261,6 +269,8 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> Summary:
             last_time = line["time"] + line["setup_seconds"]
         if line["event"] in ("start", "rollback"):
             kept = [_cut(part, line["step"]) for part in kept if part[0] < line["step"]]
+        elif line["event"] == "end":
+            last_time = line["time"]
         elif line["event"] == "steps":
             kept.append((line["from"], line["step"], line["seconds"]["step"]))
             last_time = line["time"]
@@ -269,6 +279,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> Summary:
     first = next(line["time"] for line in lines if line["event"] == "start")
     wall = max(last_time - first if last_time else 0.0, 1e-9)
     productive = sum(seconds for *_, seconds in kept)
+    counted = total["step"] + total["setup"] + total["down"] + sum(total[name] for name in PHASES)
     measured = [line for line in lines if line["event"] == "steps" and line["step_seconds"]]
     return Summary(
         sessions=sessions,
@@ -278,6 +289,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> Summary:
         repeated=total["step"] - productive,
         setup=total["setup"],
         down=total["down"],
+        other=max(0.0, wall - counted),
         phases={name: total[name] for name in PHASES},
         goodput=productive / wall,
         step_seconds=_median(measured, "step_seconds"),
@@ -305,7 +317,7 @@ def report(found: Summary) -> str:
 
     rows = {"steps that count": found.productive, "steps done again after a restart": found.repeated}
     rows |= {f"{name}": seconds for name, seconds in found.phases.items()}
-    rows |= {"set-up of sessions": found.setup, "lost or idle between sessions": found.down}
+    rows |= {"set-up of sessions": found.setup, "lost or idle between sessions": found.down, "other": found.other}
     head = f"{found.steps} steps in {found.sessions} session(s), {found.wall:.1f} s in all"
     lines = [f"{head}: goodput {found.goodput:.1%}"]
     lines += [f"  {name:34s}{share(seconds)}" for name, seconds in rows.items()]

@@ -3,6 +3,8 @@
 import json
 import math
 import signal
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -10,10 +12,10 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 PERFORMANCE_FILE = "performance.jsonl"
+_QUIET_SECONDS = 10.0
 _CHARTS = ("step_seconds", "windows_per_second", "tflops", "mfu", "input_share", "peak_bytes_per_device")
 
 
@@ -28,11 +30,13 @@ class RunLog:
 
     def __init__(self, run_dir: Path, *, total_steps: int, start_step: int = 0, silent: bool = False):
         self._path = run_dir / METRICS_FILE
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
         if not silent:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._keep_lines(start_step)
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step or None)
+            _end_line(run_dir / PERFORMANCE_FILE)
+            self._open_charts(start_step)
+        self._said, self._total_steps = -math.inf, total_steps
         self.console = Console(stderr=True, quiet=silent)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(
@@ -65,11 +69,19 @@ class RunLog:
         """Drop the metrics after `step`: the run went back to it."""
         if self._writer is not None:
             self._keep_lines(step)
+            self._writer.close()
+            self._open_charts(step)
         self._progress.update(self._bar, completed=step)
 
-    def advance(self, step: int, shown: str | None = None) -> None:
-        """Move the bar; `shown` stands beside it until the next one."""
+    def advance(self, step: int, shown: str | None = None, *, line: bool = False) -> None:
+        """Move the bar; `shown` stands beside it until the next one.
+
+        Where there is no terminal, and so no bar, a `line` is printed instead, one in `_QUIET_SECONDS` at most.
+        """
         self._progress.update(self._bar, completed=step, description=shown)
+        if line and not self.console.is_terminal and time.monotonic() - self._said >= _QUIET_SECONDS:
+            self._said = time.monotonic()
+            self.say(f"step {step}/{self._total_steps}  {shown}")
 
     def say(self, text: str) -> None:
         """Print a line above the bar (standard error)."""
@@ -83,6 +95,11 @@ class RunLog:
         self._progress.stop()
         if self._writer is not None:
             self._writer.close()
+
+    def _open_charts(self, step: int) -> None:
+        """TensorBoard events go on after `step`; what is there of later steps is not shown any more."""
+        folder = self._path.parent / "tensorboard"
+        self._writer = _chart_writer(str(folder), purge_step=step + 1 if folder.is_dir() else None)
 
     def _keep_lines(self, step: int) -> None:
         lines = self._path.read_text().splitlines() if self._path.is_file() and step else []
@@ -124,6 +141,27 @@ def _replace(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _chart_writer(folder: str, purge_step: int | None) -> Any:
+    """A `tensorboardX.SummaryWriter`. The library imports PyTorch where there is one, for tensors of its own, which
+    takes longer than everything else a run imports: it is hidden meanwhile."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]  (this is how an import is refused)
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(folder, purge_step=purge_step)
+
+
+def _end_line(path: Path) -> None:
+    """End a line that a killed process left half written, so that the next one stands alone."""
+    if path.is_file() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
 
 
 def _step_of(line: str) -> float:

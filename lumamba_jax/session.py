@@ -21,53 +21,61 @@ _UNTRACED_STEPS = 2  # compiling and warming up would fill the trace
 
 
 class Session:
-    """A context manager. Attributes: log, clock, stop (a `StopRequest`)."""
+    """A context manager. Attributes: log, clock, stop (a `StopRequest`), step_seconds (at the last line of metrics)."""
 
     def __init__(
         self,
         directory: Path,
+        watchdog: Watchdog,
         *,
         start_step: int,
         total_steps: int,
         mesh: jax.sharding.Mesh,
         compute_dtype: str,
         started: float | None = None,
-        hang_seconds: float | None = None,
         profile: int | None = None,
         silent: bool = False,
     ):
         """
         Args:
             directory: of the run.
+            watchdog: told of each step; entered by the caller.
             start_step, total_steps: steps done before, and of the whole run.
             mesh, compute_dtype: decide the peak that MFU is a share of.
             started: `time.time()` at which the process began to set up.
-            hang_seconds: stacks are dumped after so long without a step; None = never.
-            profile: trace so many steps into `directory/profile`, for TensorBoard or XProf; None = none.
+            profile: trace so many steps into `directory/profile`, for TensorBoard or XProf; None = none. The first
+                process traces: those of one node would write the same file.
             silent: write and show nothing (all processes of a run but the first).
         """
         self.log = RunLog(directory, total_steps=total_steps, start_step=start_step, silent=silent)
         peak = peak_flops(compute_dtype, list(mesh.devices.flat))
         self.clock = RunClock(start_step=start_step, started=started, peak_flops=peak)
         self.stop = StopRequest()
-        self._watchdog = Watchdog(hang_seconds)
-        self._trace = _Trace(directory / PROFILE_DIRECTORY, start_step + _UNTRACED_STEPS, profile)
+        self.step_seconds = 0.0
+        self._watchdog = watchdog
+        wanted = None if silent else profile
+        self._trace = _Trace(directory / PROFILE_DIRECTORY, start_step + _UNTRACED_STEPS, wanted)
         self._pending: dict[int, dict[str, jax.Array]] = {}
         self._groups: dict[int, str] = {}
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        for part in (self.log, self.stop, self.clock, self._watchdog, self._trace):
+        for part in (self.log, self.stop, self.clock, self._trace):
             self._open.enter_context(part)
         self.log.write_performance(self.clock.start_line())
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.log.write_performance(self.clock.end_line())
         self._open.close()
 
     def alive(self) -> None:
         """Nothing hangs: called after each step, and where something else takes long."""
         self._watchdog.alive()
+
+    def each(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches; each is a sign of life."""
+        return self._watchdog.each(batches)
 
     def steps(self, batches: Iterable[Any], first_step: int) -> Iterator[tuple[int, Any]]:
         """(step, batch) from `first_step` on."""
@@ -103,13 +111,14 @@ class Session:
         """Write a line of metrics and one of performance, after `fetch`."""
         self.log.write(step, "train", metrics)
         line = self.clock.line(step)
+        self.step_seconds = line["step_seconds"] or self.step_seconds
         self.log.write_performance(line)
         shown = [f"loss {metrics['loss']:.4f}"]
         if line["windows_per_second"]:
             shown.append(f"{line['windows_per_second']:,.0f} windows/s")
             shown += [] if line["mfu"] is None else [f"MFU {line['mfu']:.1%}"]
             shown += [f"waiting for input {line['input_share']:.0%}"] if line["input_share"] > 0.05 else []
-        self.log.advance(step, "  ".join(shown))
+        self.log.advance(step, "  ".join(shown), line=True)
 
     def compiled(self, what: str, expected: int, *, timed: bool) -> Callable[[tuple, float], None]:
         """A report for `training.PerShape`; `timed` when the time is not part of another phase of the clock."""
@@ -122,7 +131,7 @@ class Session:
             self.log.say(f"{what} for batches of {sizes}: ready in {seconds:.1f} s (program {count} of {expected})")
             self.log.write_performance({"event": "compile", "what": what, "shape": list(shape), "seconds": seconds})
             if timed:
-                self.clock.add("compile", seconds)
+                self.clock.add_compile(seconds)
             self.alive()
 
         return report

@@ -188,8 +188,16 @@ def passes_flops(config: TaskConfig, model: ModelConfig, num_channels: int, num_
     return (0 if config.objective == "lejepa" else whole), views
 
 
-def step_flops(config: TaskConfig, model: ModelConfig, num_channels: int, num_samples: int) -> float:
-    """Model FLOPs of one window in one training step: three times those of its forward passes, views included."""
+def step_flops(
+    config: TaskConfig, model: ModelConfig, num_channels: int, num_samples: int, *, frozen_encoder: bool = False
+) -> float:
+    """Model FLOPs of one window in one training step: three times those of its forward passes, views included.
+
+    A frozen encoder has no backward pass: it counts once. Padding of a bucket counts like signal.
+    """
+    if frozen_encoder:
+        stages = forward_flops(model, num_channels, num_samples)
+        return float(sum(stages.values()) + 2 * stages["head"])
     return 3.0 * sum(passes_flops(config, model, num_channels, num_samples))
 
 

@@ -59,7 +59,7 @@ def processes(count: int, commands: list[list[str]], **more: str) -> Iterator[li
 def run(count: int, command: list[str], *, status: int = 0, **more: str) -> list[str]:
     """Output of each process, all of which must end with `status`."""
     with processes(count, [command], **more) as started:
-        outputs = [process.communicate(timeout=300)[0] for process in started]
+        outputs = [process.communicate(timeout=900)[0] for process in started]
         assert [process.returncode for process in started] == [status] * count, outputs[0][-3000:]
     return outputs
 
@@ -97,7 +97,7 @@ def assert_close(first: dict[str, np.ndarray], second: dict[str, np.ndarray], to
 
 # An Adam eps of 1e-3: the usual 1e-8 makes full steps of the rounding noise of gradients that are zero. Wide enough for
 # kernels that `fsdp` divides; the two montages are mixed in every batch.
-WIDE = ("--model.embed-dim", "64", "--model.num-queries", "4", "--optimizer.eps", "1e-3", *MIXED)
+WIDE = ("--model.embed-dim", "32", "--model.num-queries", "4", "--optimizer.eps", "1e-3", *MIXED)
 STEPS = ("--trainer.steps", "20", "--trainer.validate-every", "10", *WIDE)
 PRECISION = {"float32": ({}, 1e-5), "float64": ({"JAX_ENABLE_X64": "true"}, 1e-10)}
 
@@ -157,7 +157,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_devices(store, single
 def test_the_process_with_another_configuration_is_named(store, tmp_path):
     same = words(store, tmp_path / "run", *STEPS)
     with processes(3, [same, same, [*same, "--optimizer.lr", "0.5"]]) as started:
-        outputs = [process.communicate(timeout=300)[0] for process in started]
+        outputs = [process.communicate(timeout=900)[0] for process in started]
         assert [process.returncode for process in started] == [2, 2, 2], outputs
     for output in outputs:
         assert f"another configuration of process 2 ({socket.gethostname()})" in output
@@ -171,7 +171,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(store, tmp_path):
     with processes(2, [command]) as started:
         wait_for_steps(tmp_path / "run", 2)
         started[1].send_signal(signal.SIGTERM)
-        outputs = [process.communicate(timeout=200)[0] for process in started]
+        outputs = [process.communicate(timeout=600)[0] for process in started]
         assert [process.returncode for process in started] == [STOPPED, STOPPED], outputs
     saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
     assert saved == read_metrics(tmp_path / "run")[-1]["step"]
@@ -185,7 +185,7 @@ def test_a_host_that_stands_still_ends_the_run_with_stacks_and_it_goes_on(store,
     with processes(2, [command]) as started:
         wait_for_steps(tmp_path / "run", 6)
         started[stopped].send_signal(signal.SIGSTOP)
-        output = started[1 - stopped].communicate(timeout=200)[0]
+        output = started[1 - stopped].communicate(timeout=600)[0]
         assert started[1 - stopped].returncode not in (0, STOPPED)
         assert "Timeout (0:00:04)!" in output  # the watchdog's stacks: it waits for the other in a collective
     done = max(steps_in(tmp_path / "run" / "checkpoints"))
@@ -213,7 +213,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_it_goes_on(store, tmp_path
 
 def wait_for_steps(run_dir: Path, steps: int) -> None:
     """Until the run's log has a line of a step that late."""
-    deadline, metrics = time.monotonic() + 200, run_dir / "metrics.jsonl"
+    deadline, metrics = time.monotonic() + 600, run_dir / "metrics.jsonl"
     while time.monotonic() < deadline:
         if metrics.is_file() and any(line["step"] >= steps for line in complete_lines(metrics)):
             return
@@ -258,7 +258,7 @@ def survive(store: Path, run_dir: Path, draw: random.Random, kills: int, options
                 counts["kills"] += 1
                 counts["kills in a save"] += any((run_dir / "checkpoints").glob(".*.writing"))
                 continue  # a cluster ends the others when one is lost; so does leaving this block
-            outputs = [process.communicate(timeout=300)[0] for process in started]
+            outputs = [process.communicate(timeout=900)[0] for process in started]
             assert [process.returncode for process in started] == [0, 0], outputs
             return counts
 
