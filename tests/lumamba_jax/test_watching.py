@@ -153,13 +153,13 @@ def test_the_watchdog_shows_where_a_thread_hangs():
 def test_the_watchdog_ends_a_process_that_stands_still():
     code = (
         "import time; from lumamba_jax.watchdog import Watchdog\n"
-        "with Watchdog(None, 0.4) as dog:\n"
+        "with Watchdog(None, 3.0) as dog:\n"
         "    for _ in dog.each(range(8)): time.sleep(0.1)\n"
-        "    print('alive', flush=True); time.sleep(20)\n"
+        "    print('alive', flush=True); time.sleep(300)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
     assert (done.returncode, done.stdout) == (70, "alive\n")
-    assert "nothing moved for 0.4 s" in done.stderr
+    assert "nothing moved for 3 s" in done.stderr
 
 
 def test_each_shape_is_reported_once():
