@@ -47,11 +47,11 @@ def holder(tmp_path):
 def test_a_second_process_is_refused_with_the_name_of_the_holder(tmp_path, holder):
     with pytest.raises(OSError, match=f"run is in use by process {holder.pid} on .* since 20.*another directory$"):
         RunLock(tmp_path / "run").__enter__()
-    out, err = start(tmp_path / "run").communicate(timeout=60)
+    out, err = start(tmp_path / "run").communicate(timeout=300)
     assert f"in use by process {holder.pid}" in out
     assert err == ""
     assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
-    assert holder.communicate(timeout=60) == ("", "")  # its standard input ends, and it releases
+    assert holder.communicate(timeout=300) == ("", "")  # its standard input ends, and it releases
     assert list((tmp_path / "run").iterdir()) == []
     with RunLock(tmp_path / "run", say=pytest.fail) as lock:
         lock.check()
