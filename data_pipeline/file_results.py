@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a full quota: errors of the run, not of a file
+
 
 def digest_of(paths: Iterable[Path]) -> str:
     """SHA-256 (hex) of the bytes of the files, in this order. Raises OSError for one that cannot be read."""
@@ -29,7 +31,7 @@ def outcome_of(work: Callable[[], dict], file_name: str) -> tuple[dict, bool]:
     except ValueError as error:
         return _rejected(one_line(str(error).removeprefix(f"{file_name}: "))), True
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in NO_ROOM:
             raise
         return _rejected(f"cannot be read ({one_line(error.strerror or str(error))})"), False
     except MemoryError:
@@ -66,7 +68,7 @@ def disk_full_named(kept: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in NO_ROOM:
             raise
         message = f"the disk is full: nothing was written; free some space and run again (finished files: {kept})"
         raise OSError(errno.ENOSPC, message) from error

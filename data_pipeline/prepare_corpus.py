@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from data_pipeline.store import SCHEMA_VERSION, StoreInfo, create_store
 from data_pipeline.workers import completed, with_progress
 
 MANIFEST, SPLIT, REPORT = "manifest.json", "split.json", "report.html"
-_WORK = ".prepare"
+_WORK, _LOCK = ".prepare", "lock"
 _FORMAT = "1"  # of the manifest and of what lies in the work folder
 
 
@@ -96,20 +97,23 @@ def prepare_corpus(corpus: Corpus, run: Run) -> dict:
         raise ValueError("--raw and --out are the same folder: the corpus itself stays as it is, give another --out")
     plan = _plan(corpus, run)
     run.out.mkdir(parents=True, exist_ok=True)
-    with _alone(run.out), disk_full_named(plan.work):
-        _finish_moves(run.out)
+    with _alone(plan.work), disk_full_named(plan.work):
+        if _finish_moves(run.out):
+            _clear(plan.work)
         known = _known(run.out)
         if known is not None and _up_to_date(plan, known):
-            shutil.rmtree(plan.work, ignore_errors=True)
+            _clear(plan.work)
             return known
-        (plan.work / "results").mkdir(parents=True, exist_ok=True)
+        (plan.work / "results").mkdir(exist_ok=True)
         outcomes, stored = _make_stores(plan)
         manifest = _manifest(plan, outcomes, stored)
         if not manifest["counts"]["total_windows"]:
-            shutil.rmtree(plan.work, ignore_errors=True)
+            _clear(plan.work)
             raise ValueError(_nothing_usable(manifest, run))
         _stage_descriptions(plan, manifest)
-        _start_moves(run.out, [*manifest["outputs"], SPLIT, REPORT, MANIFEST], list((known or manifest)["outputs"]))
+        old = [] if known is None else list(known["outputs"])
+        _start_moves(run.out, [*manifest["outputs"], SPLIT, REPORT, MANIFEST], old)
+        _clear(plan.work)
     return manifest
 
 
@@ -408,22 +412,50 @@ def _nothing_usable(manifest: dict, run: Run) -> str:
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Refuse a second run into the same folder; the operating system lets go of the lock when a process dies."""
+def _alone(work: Path) -> Iterator[None]:
+    """Hold the work folder, refuse a second run; the operating system lets go of the lock when a process dies.
+
+    A folder without anything but the lock is removed at the end, out of the way at once in case another run begins.
+    """
+    with contextlib.ExitStack() as held:
+        while not _locked(work, held):
+            pass
+        for leftover in work.parent.glob(f"{_WORK}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            yield
+        finally:
+            if [path.name for path in work.iterdir()] == [_LOCK]:
+                aside = work.with_name(f"{_WORK}.{uuid.uuid4().hex[:8]}")
+                work.rename(aside)
+                shutil.rmtree(aside, ignore_errors=True)
+
+
+def _locked(work: Path, held: contextlib.ExitStack) -> bool:
+    """Take the lock; False when its holder removed the folder while we opened the file."""
+    work.mkdir(exist_ok=True)
     try:
         import fcntl
+
+        handle = held.enter_context((work / _LOCK).open("w"))
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(handle.fileno()).st_ino == (work / _LOCK).stat().st_ino
     except ImportError:  # no such locks on this system
-        yield
-        return
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to {out}: wait for it, or give another --out") from None
-        yield
-    finally:
-        os.close(handle)
+        (work / _LOCK).touch()
+        return True
+    except BlockingIOError:
+        raise ValueError(f"another run is writing to {work.parent}: wait for it, or give another --out") from None
+    except FileNotFoundError:
+        return False
+
+
+def _clear(work: Path) -> None:
+    """Remove everything from the work folder but the lock."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _LOCK:
+            path.unlink(missing_ok=True)
 
 
 def _start_moves(out: Path, names: Sequence[str], old: Sequence[str]) -> None:
@@ -436,11 +468,12 @@ def _start_moves(out: Path, names: Sequence[str], old: Sequence[str]) -> None:
     _finish_moves(out)
 
 
-def _finish_moves(out: Path) -> None:
+def _finish_moves(out: Path) -> bool:
+    """Carry out the moves that are written down; whether there were any."""
     work = out / _WORK
     record, cleared = work / "moves.json", work / "cleared"
     if not record.is_file():
-        return
+        return False
     moves = json.loads(record.read_text())
     if not cleared.exists():
         for name in moves["old"]:
@@ -453,8 +486,8 @@ def _finish_moves(out: Path) -> None:
         if (work / "stores" / name).is_file():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (work / "stores" / name).replace(out / name)
-    record.unlink()  # first: without `cleared` it would clear what has just come
-    shutil.rmtree(work, ignore_errors=True)
+    record.unlink()  # before anything else goes: without `cleared` it would clear what has just come
+    return True
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import uuid
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -74,13 +75,15 @@ def process_source(task: SourceTask) -> dict:
     digest = entry["sha256"]
     key = result_key(task, digest)
     record, windows = task.files(key)
-    if record.is_file():
-        known = json.loads(record.read_text())
-        if not known.get("windows") or windows.is_file() or key == task.stored:
-            return known | {"key": key, "transient": False}
-    windows.parent.mkdir(parents=True, exist_ok=True)
-    entry, lasting = outcome_of(lambda: _make_windows(task, windows), task.source.path.name)
+    known = _known(record)
+    if known is not None and (not known.get("windows") or key == task.stored or _whole(windows)):
+        return known | {"key": key, "transient": False}
+    blocks: list[Block] = []
+    entry, lasting = outcome_of(lambda: _make_windows(task, blocks), task.source.path.name)
     entry |= {"sha256": digest}
+    record.parent.mkdir(parents=True, exist_ok=True)
+    if "windows" in entry:
+        _write_blocks(windows, blocks)
     if lasting:
         write_json(record, entry)
     return entry | {"key": key, "transient": not lasting}
@@ -106,20 +109,39 @@ def read_blocks(path: Path) -> Iterator[Block]:
             yield Block(signal, starts, labels, about["name"], about["part"], montage)
 
 
+def _known(record: Path) -> dict | None:
+    """The entry of an earlier run; None when there is none, or when a crash of the machine left it damaged."""
+    try:
+        return json.loads(record.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _whole(windows: Path) -> bool:
+    """Whether an earlier run's windows are there, with the checksums they were written with."""
+    try:
+        with zipfile.ZipFile(windows) as archive:
+            return archive.testzip() is None
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+
+
 def _files(source: Source) -> list[Path]:
     return [source.path, *sorted({*source.companions, *companions(source.path)})]
 
 
-def _make_windows(task: SourceTask, path: Path) -> dict:
+def _make_windows(task: SourceTask, blocks: list[Block]) -> dict:
+    """Manifest entry of a source; its windows are appended to `blocks`."""
     source, corpus = task.source, task.corpus
-    blocks, rejected, facts = [], Counter(), []
+    rejected, facts = Counter(), []
     for piece in corpus.read(source):
         chain = _chain(piece.recording, corpus.chain(source), lower=corpus.low_rate == "lower")
         recording, montage = preprocess(piece.recording, chain)
         block, lost = _block(piece, recording, corpus.montage(montage), corpus)
         rejected.update(lost)
         facts.append(_facts(piece.recording, recording))
-        blocks += [block] if len(block.signal) else []
+        if len(block.signal):
+            blocks.append(block)
     if not facts:
         raise ValueError("holds nothing that this corpus uses")
     n_windows = sum(len(block.signal) for block in blocks)
@@ -132,7 +154,6 @@ def _make_windows(task: SourceTask, path: Path) -> dict:
     entry["parts"] = {p: sum(len(b.signal) for b in blocks if b.part == p) for p in sorted(parts)}
     entry["labels"] = {p: _counted([b.labels for b in blocks if b.part == p]) for p in sorted(parts)}
     entry |= {"montage": blocks[0].montage.name, "channels": len(blocks[0].montage)}
-    _write_blocks(path, blocks)
     return entry
 
 
