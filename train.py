@@ -24,7 +24,7 @@ from configs.data import Windows, open_windows, resolve
 from configs.results import SHOWN, baseline_predictions, kind_of, predictions_of, print_table, save_predictions, score
 from configs.run_directory import facts, open_run_directory
 from data_pipeline.loader import Batches
-from lumamba_jax.agreement import from_all_processes, on_first
+from lumamba_jax.agreement import from_all_processes, gathered_errors, on_first
 from lumamba_jax.checkpoint import (
     BEST_DIRECTORY,
     TrainCheckpoints,
@@ -77,6 +77,13 @@ class _RollBackError(Exception):
     def __init__(self, step: int):
         super().__init__(step)
         self.step = step
+
+
+class _NotReadyError(Exception):
+    """The disk (full, away) or another process let the run down: the same command goes on when that is over."""
+
+
+_MISTAKES = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 class _Programs(NamedTuple):
@@ -417,13 +424,24 @@ def warm_start(config: ExperimentConfig) -> WarmStart | None:
 
 def run(config: ExperimentConfig) -> bool:
     """One training session from configuration to results; whether the run is finished."""
-    windows = open_windows(config.data, labelled=config.task.kind != "pretrain")
-    config = resolve(config, windows)
-    found = facts(config, windows)
+    with gathered_errors("opening the data"):
+        windows = open_windows(config.data, labelled=config.task.kind != "pretrain")
+        config = resolve(config, windows)
+        found = facts(config, windows)
     require_agreement(found)
-    this = Run(config, windows)
-    warm = warm_start(config)
-    trainer = config.trainer
+    with gathered_errors("building the run"):
+        this = Run(config, windows)
+        warm = warm_start(config)
+    try:
+        return _train_and_score(this, warm, found)
+    except (ConnectionError, DirectoryInUseError, *_MISTAKES):
+        raise
+    except OSError as error:
+        raise _NotReadyError(str(error)) from error
+
+
+def _train_and_score(this: Run, warm: WarmStart | None, found: Mapping[str, str]) -> bool:
+    config, windows, trainer = this.config, this.windows, this.config.trainer
     with RunLock(this.directory) as lock, Watchdog(trainer.hang_seconds, trainer.hang_exit_seconds) as watchdog:
         with on_first() as first:
             if first:
@@ -445,7 +463,7 @@ def run(config: ExperimentConfig) -> bool:
 
 
 def main() -> int:
-    """Exit status 0 finished, 1 diverged, 2 wrong input (one sentence), 70 crashed, 75 stopped by a signal and saved.
+    """Exit status 0 finished, 1 diverged, 2 wrong input, 70 crashed, 75 stopped by a signal or the surroundings.
 
     After 70 and 75 the same command goes on; after 1 and 2 it would only end so again.
     """
@@ -457,7 +475,11 @@ def main() -> int:
         status = 0 if run(config) else STOPPED
     except FloatingPointError as error:
         status = _say(error, DIVERGED)
-    except (ConnectionError, DirectoryInUseError) as error:  # others late, lost, or still at work in the directory
+    except (
+        ConnectionError,
+        DirectoryInUseError,
+        _NotReadyError,
+    ) as error:  # others late, lost or at work there; the disk
         status = _say(error, STOPPED)
     except (ValueError, OSError) as error:
         status = _say(error, WRONG_INPUT)

@@ -200,7 +200,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_it_goes_on(store, tmp_path
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     limited = ["bash", "-c", 'ulimit -f 600; exec "$@"', "bash", *command]  # no file may grow beyond 600 KiB
     done = subprocess.run(limited, cwd=REPOSITORY, env=environment(), **pipes)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == STOPPED, done.stderr
     said = done.stderr.strip().splitlines()
     assert "Traceback" not in done.stderr
     assert sum(line.startswith("train.py: ") for line in said) == 1, done.stderr
