@@ -12,18 +12,23 @@ import numpy as np
 
 from configs.schema import DataConfig, ExperimentConfig
 from data_pipeline.formats import open_stores
+from data_pipeline.leakage import Times, check_content, check_disjoint, check_times
 from data_pipeline.loader import Batches, LoaderConfig, make_dataset
 from data_pipeline.names import Names
 from data_pipeline.splits import (
     Split,
-    check_disjoint,
     check_leakage,
+    few_shot,
+    leave_subject_out,
     load_split,
     save_split,
+    split_by_recording,
     split_by_subject,
+    split_in_time,
     subject_folds,
 )
 from data_pipeline.store import Store
+from data_pipeline.window_hashes import NO_SIGNAL
 from lumamba_jax.architectures import ModelConfig
 
 PARTS = ("train", "validation", "test")
@@ -138,13 +143,13 @@ def open_windows(config: DataConfig, *, labelled: bool) -> Windows:
     sizes = [sum(len(store) for store in group) for group in groups]
     starts = np.cumsum([0, *sizes])
     own = np.arange(sizes[0])
-    split = _split(config, subjects.take(own), _split_labels(groups[0]), recordings.take(own))
+    split = _split(config, groups[0], subjects.take(own), recordings.take(own))
     parts = {
         "train": split.train,
         "validation": np.arange(starts[1], starts[2]) if config.validation else split.val,
         "test": np.arange(starts[2], starts[3]) if config.test else split.test,
     }
-    check_disjoint({part: subjects.unique(rows).tolist() for part, rows in parts.items()})
+    _check_parts(config, stores, split, parts, subjects, recordings)
     if labels is not None and config.permute_labels:
         labels = _permuted(stores, labels, np.concatenate([parts["train"], parts["validation"]]), config.split_seed)
     names = stores[0].class_names if labelled else None
@@ -177,18 +182,69 @@ def check_windows(model: ModelConfig, windows: Windows) -> None:
                 raise ValueError(f"{store.path}, montage {name}: {error}") from error
 
 
-def _split(config: DataConfig, subjects: Names, labels: np.ndarray | None, recordings: Names) -> Split:
+def _split(config: DataConfig, stores: Sequence[Store], subjects: Names, recordings: Names) -> Split:
+    labels, seed = _split_labels(stores), config.split_seed
     validation = 0.0 if config.validation else config.validation_fraction
+    fractions = {"val_fraction": validation, "test_fraction": 0.0 if config.test else config.test_fraction}
     if config.split_file:
-        split = load_split(config.split_file, subjects)
+        split = load_split(config.split_file, subjects, recordings)
     elif config.num_folds is not None and config.fold is not None:
-        folds = subject_folds(subjects, labels, config.num_folds, config.split_seed, val_fraction=validation)
+        folds = subject_folds(subjects, labels, config.num_folds, seed, val_fraction=validation)
         split = folds[config.fold]
+    elif config.few_shot is not None:
+        if labels is None:
+            raise ValueError("data.few_shot counts windows per class: the training stores have no class labels")
+        whole = {"shots": config.few_shot, "others": config.few_shot_others, "val_fraction": validation, "seed": seed}
+        split = few_shot(subjects, labels, _whole(recordings), _times(stores), subject=config.leave_out, **whole)
+    elif config.leave_out:
+        split = leave_subject_out(subjects, config.leave_out, labels, val_fraction=validation, seed=seed)
+    elif config.split_unit == "time":
+        split = split_in_time(_whole(recordings), _times(stores), subjects=subjects, **fractions)
+    elif config.split_unit == "recording":
+        split = split_by_recording(recordings, labels, seed=seed, **fractions)
     else:
-        test = 0.0 if config.test else config.test_fraction
-        split = split_by_subject(subjects, labels, val_fraction=validation, test_fraction=test, seed=config.split_seed)
-    check_leakage(split, subjects, recordings)
+        split = split_by_subject(subjects, labels, seed=seed, **fractions)
+    times = _times(stores) if split.unit in ("time", "window") else None
+    check_leakage(split, subjects, recordings if times is None else _whole(recordings), times)
     return split
+
+
+def _check_parts(
+    config: DataConfig,
+    stores: Sequence[Store],
+    split: Split,
+    parts: dict[str, np.ndarray],
+    subjects: Names,
+    recordings: Names,
+) -> None:
+    """What `check_leakage` did within the training stores, between them and the other stores; and equal windows."""
+    used = {"train": np.concatenate(list(split.parts.values()))}  # a split in time has its subjects in several parts
+    used |= {name: parts[name] for name in PARTS[1:] if getattr(config, name)}
+    if config.split_unit == "subject":
+        check_disjoint({part: subjects.unique(rows).tolist() for part, rows in used.items()})
+    elif config.split_unit == "recording":
+        check_disjoint({part: recordings.unique(rows).tolist() for part, rows in used.items()}, what="recording")
+    elif len(used) > 1:
+        check_times(used, _whole(recordings), _times(stores), gap=0.0)
+    if config.compare_windows != "none" and sum(map(bool, map(len, parts.values()))) > 1:
+        check_content(parts, np.concatenate([_hashes(config, store) for store in stores]), subjects, recordings)
+
+
+def _hashes(config: DataConfig, store: Store) -> np.ndarray:
+    if store.window_hashes is None and config.compare_windows == "stored":
+        return np.full(len(store), NO_SIGNAL, np.uint64)
+    return store.content_hashes()
+
+
+def _times(stores: Sequence[Store]) -> Times:
+    found = [Times.of_samples(store.start_samples, store.n_times, store.sfreq) for store in stores]
+    return Times(np.concatenate([t.starts for t in found]), np.concatenate([t.lengths for t in found]))
+
+
+def _whole(recordings: Names) -> Names:
+    """What pieces of recordings (`recording#piece`, the names of trials and parts of a file) were cut from."""
+    whole = Names.of(np.array([name.partition("#")[0] for name in recordings.table], dtype=str))
+    return Names(whole.table, whole.codes[recordings.codes])
 
 
 def _split_labels(stores: Sequence[Store]) -> np.ndarray | None:

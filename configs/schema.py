@@ -41,7 +41,16 @@ class DataConfig:
         fold: ... and test on this one (0-based); the others are divided into training and validation.
         split_seed: decides the division. On the same store, the same seed gives pre-training and fine-tuning the same
             folds.
-        split_file: use the division another run wrote to its `split.json`, on stores with the same subjects.
+        split_file: use the division another run wrote to its `split.json`, on stores with the same subjects; or
+            published lists of subjects or recordings (text, CSV, JSON or a folder; docs/data.md).
+        leave_out: test on this subject; the others are divided into training and validation.
+        few_shot: with `leave_out`: so many windows of each class of that subject join the training, contiguous in
+            time; the rest of the subject is the test, without the neighbours of those windows.
+        few_shot_others: False = train on the windows of that subject alone (the others validate).
+        split_unit: what is never divided. "subject"; "recording" = subjects may be in several parts (trials of SEED-V);
+            "time" = recordings too, in contiguous stretches one window apart (minutes of MoBI; one subject's data).
+        compare_windows: refuse equal windows in two parts. "stored" = by the hashes that stores hold; "all" = read
+            the windows of stores without hashes too; "none" = do not.
         old_files: how HDF5 files of the reference pipeline are read, which do not describe themselves.
         permute_labels: sanity control: shuffle the labels of the training and validation windows (subjects, windows
             and counts stay). A model trained so must be at chance on the untouched test labels.
@@ -56,6 +65,11 @@ class DataConfig:
     fold: int | None = None
     split_seed: int = 0
     split_file: str = ""
+    leave_out: str = ""
+    few_shot: int | None = None
+    few_shot_others: bool = True
+    split_unit: Literal["subject", "recording", "time"] = "subject"
+    compare_windows: Literal["stored", "all", "none"] = "stored"
     old_files: OldFiles = field(default_factory=OldFiles)
     permute_labels: bool = False
 
@@ -66,6 +80,13 @@ class DataConfig:
             raise ValueError(f"data: fold {self.fold} is not one of 0..{self.num_folds - 1}")
         if self.num_folds is not None and (self.validation or self.test or self.split_file):
             raise ValueError("data: folds divide the training stores: leave validation, test and split_file empty")
+        if self.leave_out and (self.num_folds is not None or self.test or self.split_file or self.test_fraction):
+            raise ValueError("data: leave_out tests one subject of the training stores: leave folds, test, "
+                             "test_fraction and split_file out")  # fmt: skip
+        if self.few_shot is not None and (not self.leave_out or self.few_shot < 1):
+            raise ValueError("data: few_shot is a number of windows per class of the subject named by leave_out")
+        if self.split_unit != "subject" and (self.num_folds is not None or self.leave_out):
+            raise ValueError("data: folds and leave_out divide subjects: leave split_unit at subject")
         if not (0 <= self.validation_fraction < 1 and 0 <= self.test_fraction < 1):
             raise ValueError("data: validation_fraction and test_fraction must lie in [0, 1)")
 

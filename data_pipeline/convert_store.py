@@ -43,23 +43,39 @@ class ConvertConfig:
 
 
 def convert(inputs: Sequence[Path], out: Path, *, shard_windows: int = SHARD_WINDOWS) -> Store:
-    """Write the windows of `inputs` into `out`, whole or not at all, and return it opened.
-
-    The result is read again: everything known of its windows, and the signal of 64 of them, is compared with the
-    inputs. Raises ValueError when `out` exists, an input is damaged, or the inputs do not fit one store.
+    """Write the windows of `inputs` into `out` (`write_windows`). Raises ValueError when an input is damaged or the
+    inputs do not fit one store.
     """
     if out.exists():
         raise ValueError(f"{out} exists already: remove it or choose another name")
     stores = open_stores(inputs)
     info = _common_info(stores)
-    total = sum(len(store) for store in stores)
+    return write_windows(stores, [np.arange(len(s)) for s in stores], out, info, shard_windows=shard_windows)
+
+
+def write_windows(
+    stores: Sequence[Store],
+    rows: Sequence[np.ndarray],
+    out: Path,
+    info: StoreInfo,
+    *,
+    shard_windows: int = SHARD_WINDOWS,
+) -> Store:
+    """Write the windows `rows` (n,) of each store into `out`, whole or not at all, and return it opened.
+
+    The result is read again: everything known of its windows, and the signal of 64 of them, is compared with what it
+    was made of. Raises ValueError when `out` exists, nothing is to be written, or a window cannot be stored.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already: remove it or choose another name")
+    total = sum(map(len, rows))
     with _writer(out, info, total, shard_windows) as add, _bar(f"{out.name}:", total) as advance:
-        for store in stores:
-            for rows in _pieces(store):
-                add(store, rows, store.read(rows))
-                advance(len(rows))
+        for store, chosen in zip(stores, rows, strict=True):
+            for own in _pieces(store, chosen):
+                add(store, own, store.read(own))
+                advance(len(own))
     (result,) = open_stores([out])
-    _compare(stores, result)
+    _compare(stores, rows, result)
     return result
 
 
@@ -99,14 +115,14 @@ def _writer(out: Path, info: StoreInfo, total: int, shard_windows: int) -> Itera
         )
 
 
-def _pieces(store: Store) -> Iterator[np.ndarray]:
-    """Rows that follow each other, of one subject, recording and montage, at most `_PIECE` at a time."""
-    columns = (store.subjects.codes, store.recordings.codes, store.montage_names.codes)
+def _pieces(store: Store, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Parts of `rows` of one subject, recording and montage, at most `_PIECE` at a time."""
+    columns = (store.subjects.codes[rows], store.recordings.codes[rows], store.montage_names.codes[rows])
     changes = np.flatnonzero(np.any([np.diff(codes.astype(np.int64)) != 0 for codes in columns], axis=0)) + 1
-    bounds = [0, *changes.tolist(), len(store)]
+    bounds = [0, *changes.tolist(), len(rows)]
     for first, last in pairwise(bounds):
         for start in range(first, last, _PIECE):
-            yield np.arange(start, min(start + _PIECE, last))
+            yield rows[start : min(start + _PIECE, last)]
 
 
 def _common_info(stores: Sequence[Store]) -> StoreInfo:
@@ -134,18 +150,19 @@ def _label_kind(store: Store) -> str:
     return "none" if store.labels is None else f"{store.labels.dtype} {store.labels.shape[1:]}"
 
 
-def _compare(stores: Sequence[Store], result: Store) -> None:
-    starts = np.cumsum([0, *(len(store) for store in stores)])
+def _compare(stores: Sequence[Store], rows: Sequence[np.ndarray], result: Store) -> None:
+    starts = np.cumsum([0, *map(len, rows)])
     same = len(result) == starts[-1]
     known = ["subjects", "recordings", "montage_names", "start_samples"] + ["labels"] * (result.labels is not None)
     for name in known if same else ():
         found = np.asarray(getattr(result, name))
-        for store, first in zip(stores, starts[:-1].tolist(), strict=True):
-            same = same and np.array_equal(found[first : first + len(store)], np.asarray(getattr(store, name)))
+        for store, own, first in zip(stores, rows, starts[:-1].tolist(), strict=True):
+            same = same and np.array_equal(found[first : first + len(own)], np.asarray(getattr(store, name))[own])
     rng = np.random.default_rng(0)
     for row in {0, len(result) - 1, *rng.integers(len(result), size=_COMPARED).tolist()} if same else ():
         number = int(np.searchsorted(starts, row, side="right")) - 1
-        same = same and np.array_equal(result[row]["signal"], stores[number][row - starts[number]]["signal"])
+        origin = stores[number][rows[number][row - starts[number]]]
+        same = same and np.array_equal(result[row]["signal"], origin["signal"])
     if not same:
         raise ValueError(f"{result.path} does not hold what was read, the disk may be failing: remove it")
 

@@ -38,6 +38,7 @@ from data_pipeline.window_hashes import hash_windows
 
 SCHEMA_VERSION = "1"
 _TO_MICROVOLTS = {"uV": 1.0, "mV": 1e3, "V": 1e6}
+_HASHED_TOGETHER = 128  # windows in memory
 _MOST_COMPRESSED = 1100  # deflate's limit is 1032 to 1
 _MEASURED_GROUPS, _MEASURED_BYTES = 8, 1 << 24  # what is looked at to tell the layout of a file from its signal
 
@@ -246,6 +247,17 @@ class Store(ABC):
         self.read_into(rows, list(out))
         return out
 
+    def content_hashes(self) -> np.ndarray:
+        """(n,) uint64: `window_hashes`, made by reading every window where the files do not hold them."""
+        if self.window_hashes is not None:
+            return self.window_hashes
+        found = np.zeros(len(self), np.uint64)
+        for name in self.montage_names.unique():
+            rows = np.flatnonzero(self.montage_names == name)
+            for piece in np.array_split(rows, -(-len(rows) // _HASHED_TOGETHER)):
+                found[piece] = hash_windows(self.read(piece))
+        return found
+
     @abstractmethod
     def read_into(self, rows: np.ndarray, windows: Sequence[np.ndarray]) -> None:
         """Write window `rows[i]` into `windows[i]`, a contiguous (C,T) float32 array, in microvolts. Errors as `read`.
@@ -292,20 +304,23 @@ class WindowStore(Store):
     or asks for the reference's own reading. Who the subjects are is known from TUEG and Siena files only: the others
     count as one subject per file, so that they cannot be divided by mistake.
 
-    Attributes besides those of `Store`: attributes (the file's own, decoded), flavour (of the reference, or None),
-    scrambled (whether windows are repaired on reading), channel_rows (where the rows of a window lie in the file, None
-    = as stored), groups (names, in the order of the windows), first_rows (of each group), num_replaced (values that
-    were not finite and have been read as 0 so far).
+    `to_look` opens a file for an audit though it lacks what a model must know: an unknown rate is NaN, an unknown unit
+    microvolts, unknown rows "row 0" ... at no place, and labels that contradict each other are none.
+
+    Attributes besides those of `Store`: attributes (the file's own, decoded), dtype (of the first group), flavour (of
+    the reference, or None), scrambled (whether windows are repaired on reading), channel_rows (where the rows of a
+    window lie in the file, None = as stored), groups (names, in the order of the windows), first_rows (of each group),
+    num_replaced (values that were not finite and have been read as 0 so far).
     Raises ValueError, one sentence, when the file is missing, truncated, not a window store, or lacks information.
     """
 
-    def __init__(self, path: str | Path, old: OldFiles = OldFiles()) -> None:  # noqa: B008  (frozen)
+    def __init__(self, path: str | Path, old: OldFiles = OldFiles(), *, to_look: bool = False) -> None:  # noqa: B008
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"window store {self.path} does not exist: make it with `python -m data_pipeline.prepare`")
         self._identity = _identity(self.path.stat())
         self._title = f"{self.path.resolve().parent.name}/{self.path.stem}"  # the reference calls every file train.h5
-        self._old = old
+        self._old, self._to_look = old, to_look
         self.num_replaced = 0
         with self._readable(), h5py.File(self.path, "r") as file:
             self.attributes = {key: _decoded(value) for key, value in file.attrs.items()}
@@ -338,15 +353,16 @@ class WindowStore(Store):
     def info(self) -> StoreInfo:
         """What holds for every window; windows are taken to follow each other where the file does not say."""
         found = self.attributes
-        return StoreInfo(
-            sfreq=self.sfreq,
-            n_times=self.n_times,
-            stride_seconds=float(found.get("stride_seconds", self.n_times / self.sfreq)),
-            filters=json.loads(found.get("filters", "{}")),
-            provenance=json.loads(found.get("provenance", "{}")),
-            class_names=self.class_names,
-            source_version=str(found.get("source_version", "unknown")),
-        )
+        with self._readable():
+            return StoreInfo(
+                sfreq=self.sfreq,
+                n_times=self.n_times,
+                stride_seconds=float(found.get("stride_seconds", self.n_times / self.sfreq)),
+                filters=json.loads(found.get("filters", "{}")),
+                provenance=json.loads(found.get("provenance", "{}")),
+                class_names=self.class_names,
+                source_version=str(found.get("source_version", "unknown")),
+            )
 
     def _read_plain(self, windows: Sequence[np.ndarray], offsets: np.ndarray) -> None:
         """Fill `windows` from the file itself: HDF5's library has one lock for all threads, and opens slowly."""
@@ -447,7 +463,9 @@ class WindowStore(Store):
         given_rate = None if described else old.sfreq
         sfreq = given_rate or attributes.get("sfreq") or (usual.sfreq if usual else None)
         lacking = [name for name, known in (("unit", unit), ("sfreq", sfreq)) if not known]
-        if lacking:
+        if lacking and self._to_look:
+            unit, sfreq = unit or "uV", sfreq or np.nan
+        elif lacking:
             made = f" ({flavour.corpora} files have windows of {flavour.n_times} samples)" if flavour else ""
             raise ValueError(
                 f"{self.path} does not say its {' and '.join(lacking)}{made}, it is a file of another pipeline: give "
@@ -456,7 +474,7 @@ class WindowStore(Store):
         if unit not in _TO_MICROVOLTS:
             raise ValueError(f"{self.path}: unknown unit {unit!r}, expected one of {', '.join(_TO_MICROVOLTS)}")
         self._scale = _TO_MICROVOLTS[unit]
-        if not (isinstance(sfreq, int | float) and 0 < sfreq < 1e6):
+        if not (isinstance(sfreq, int | float) and (0 < sfreq < 1e6 or np.isnan(sfreq))):
             raise ValueError(f"{self.path}: the attribute sfreq is {sfreq!r}, expected a rate in hertz")
         self.sfreq = float(sfreq)
         names = attributes.get("class_names")
@@ -470,12 +488,15 @@ class WindowStore(Store):
         try:
             montage, rows = montage_of_rows(self._old, names, self.flavour, channels)
         except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
+            if not self._to_look:
+                raise ValueError(f"{self.path}: {error}") from error
+            montage, rows = Montage("unknown", [f"row {i}" for i in range(channels)], np.zeros((channels, 3))), None
         return {montage.name: montage}, rows
 
     def _index(self, blocks: list[_Block]) -> None:
         counts = [block.shape[0] for block in blocks]
         self.groups = [block.name for block in blocks]
+        self.dtype = blocks[0].dtype
         self.first_rows = np.cumsum([0, *counts[:-1]])
         self._offsets = np.array([block.offset for block in blocks])
         only = next(iter(self.montages)) if len(self.montages) == 1 else None
@@ -494,7 +515,12 @@ class WindowStore(Store):
         self.start_samples = np.concatenate([self._starts(block) for block in blocks])
         hashes = [block.hashes for block in blocks if block.hashes is not None]
         self.window_hashes = np.concatenate(hashes).astype(np.uint64) if len(hashes) == len(blocks) else None
-        self.labels = self._joined_labels(blocks)
+        try:
+            self.labels = self._joined_labels(blocks)
+        except ValueError:
+            if not self._to_look:
+                raise
+            self.labels = None
 
     def _who(self, block: _Block) -> tuple[str, str]:
         """Subject and recording of a group; numbered groups of the reference tell neither."""
@@ -526,7 +552,8 @@ class WindowStore(Store):
             raise ValueError(f"{self.path}: the groups have labels of different kinds, y has different shapes or types")
         labels = np.concatenate(found)
         if labels.dtype.kind in "iub":
-            return labels.astype(np.int32)
+            per_channel = self.channel_rows is not None and labels.shape[1:] == self.channel_rows.shape
+            return (labels[:, self.channel_rows] if per_channel else labels).astype(np.int32)
         return labels.astype(np.float32).reshape(len(labels), -1)
 
     def seams(self, groups: Sequence[int] | None = None) -> Seams:
