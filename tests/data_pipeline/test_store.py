@@ -193,9 +193,7 @@ def legacy_tuab(path):
 
 def test_reference_file_without_attributes_says_what_is_missing(tmp_path):
     x = legacy_tuab(tmp_path / "t.h5")
-    with pytest.raises(
-        ValueError, match=r"does not say its unit and sfreq .TUAB.* files have windows of 1280"
-    ):
+    with pytest.raises(ValueError, match=r"does not say its unit and sfreq .TUAB.* files have windows of 1280"):
         WindowStore(tmp_path / "t.h5")
     store = WindowStore(tmp_path / "t.h5", OldFiles("tuh-bipolar-22-disk", unit="V", sfreq=256))
     assert [name.rsplit("/")[-1] for name in store.recordings] == ["data_group_10"] * 3 + ["data_group_2"] * 3
