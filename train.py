@@ -200,7 +200,7 @@ class Run:
             validates = step % self.validate_every == 0 or step == self.total_steps
             logs = step % trainer.log_every == 0 or validates or step == stop_at
             leaves = step == stop_at or self._stop_asked(session, step)
-            saves = validates or leaves or (trainer.checkpoint_every and step % trainer.checkpoint_every == 0)
+            saves = validates or leaves or step % (trainer.checkpoint_every or self.total_steps) == 0
             if logs or saves:
                 self._record(session, progress, step)
                 saves |= self._save_failed(session, checkpoints)
