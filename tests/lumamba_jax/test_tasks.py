@@ -62,7 +62,7 @@ def pretraining():
 
 
 def test_the_mixed_total_is_the_published_sum(pretraining):
-    values = {name: float(value[0]) for name, value in pretraining[1].items()}
+    values = {name: float(value[0]) for name, value in pretraining[1].items() if value.ndim == 1}
     lejepa = 0.998 * values["similarity"] + 0.002 * values["sigreg"]
     expected = values["masked"] + 0.05 * values["unmasked"] + values["query"] + 0.05 * lejepa
     assert values["loss"] == pytest.approx(expected, rel=1e-6)
@@ -72,7 +72,8 @@ def test_the_mixed_total_is_the_published_sum(pretraining):
 def test_what_is_padded_does_not_count(pretraining):
     evaluate, outputs = pretraining
     for name, value in evaluate(padded_batch(2), keys()).items():
-        np.testing.assert_allclose(value, outputs[name], rtol=1e-5, err_msg=name)
+        real = slice(ROWS - 1)  # the last row is filler: what it embeds to is dropped by the trainer
+        np.testing.assert_allclose(value[real], outputs[name][real], rtol=1e-5, err_msg=name)
 
 
 def test_evaluation_has_masks_but_no_dropout_and_no_noise(pretraining):
