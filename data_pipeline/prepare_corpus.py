@@ -26,7 +26,7 @@ import tyro
 from data_pipeline.corpora import CORPORA
 from data_pipeline.corpora.base import PARTS, Catalogue, Corpus, Division, Source, checked_disjoint
 from data_pipeline.file_results import digest_of, disk_full_named, package_version, write_json
-from data_pipeline.report import write_report
+from data_pipeline.report import files_by_reason, write_report
 from data_pipeline.source_windows import SourceTask, digest_source, process_source, read_blocks, with_stored
 from data_pipeline.splits import Split, save_split
 from data_pipeline.store import SCHEMA_VERSION, StoreInfo, create_store
@@ -34,6 +34,7 @@ from data_pipeline.workers import completed, with_progress
 
 MANIFEST, SPLIT, REPORT = "manifest.json", "split.json", "report.html"
 _WORK, _LOCK = ".prepare", "lock"
+_SHOWN = 20  # reasons on the terminal; the report has all
 _FORMAT = "1"  # of the manifest and of what lies in the work folder
 
 
@@ -403,8 +404,8 @@ _SPLIT_KEYS = {"train": "train", "val": "validation", "test": "test"}  # names o
 
 
 def _nothing_usable(manifest: dict, run: Run) -> str:
-    reasons = Counter(entry["reason"] for entry in manifest["files"].values())
-    shown = "".join(f"\n  {count} files: {reason}" for reason, count in reasons.most_common(20))
+    reasons = list(files_by_reason(manifest).items())[:_SHOWN]
+    shown = "".join(f"\n  {len(names):,} files: {reason} ({names[0]}, ...)" for (_, reason), names in reasons)
     return f"no usable window in {run.raw}:{shown}"
 
 
@@ -512,9 +513,8 @@ def main(name: str, arguments: Sequence[str]) -> int:
 def _print_summary(manifest: dict, out: Path) -> None:
     for warning in manifest["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    left = Counter(f"{entry['status']}: {entry['reason']}" for entry in manifest["files"].values() if "reason" in entry)
-    for reason, count in left.most_common(20):
-        print(f"{count} files {reason}")
+    for (status, reason), names in list(files_by_reason(manifest).items())[:_SHOWN]:
+        print(f"{len(names):,} files {status}: {reason} ({names[0]}{', ...' if len(names) > 1 else ''})")
     for part, about in manifest["parts"].items():
         published = manifest["expected"]["windows"].get(part)
         beside = f" (published: {published:,})" if published else ""

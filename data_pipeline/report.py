@@ -49,6 +49,22 @@ def write_report(manifest: Mapping, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def files_by_reason(manifest: Mapping) -> dict[tuple[str, str], list[str]]:
+    """(status, reason) -> names of files without windows, the most frequent reason first.
+
+    Reasons that differ in numbers and names only are one, with these left out.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, entry in manifest["files"].items():
+        if "reason" in entry:
+            groups.setdefault((entry["status"], _general(entry["reason"])), []).append(name)
+    named = {}
+    for (status, general), names in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        own = {manifest["files"][name]["reason"] for name in names}
+        named[status, own.pop() if len(own) == 1 else general] = names
+    return named
+
+
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
@@ -126,20 +142,14 @@ def _subjects(manifest: Mapping) -> str:
 
 
 def _left_files(manifest: Mapping) -> str:
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for name, entry in manifest["files"].items():
-        if "reason" in entry:
-            grouped.setdefault((entry["status"], _general(entry["reason"])), []).append(name)
-    if not grouped:
-        return "<p>Every file gave windows.</p>"
     rows = []
-    for (status, reason), names in sorted(grouped.items(), key=lambda item: (-len(item[1]), item[0])):
+    for (status, reason), names in files_by_reason(manifest).items():
         examples = [f"{name}: {manifest['files'][name]['reason']}" for name in names[:_EXAMPLES]]
         shown = "".join(f"<li>{html.escape(example)}</li>" for example in examples)
         more = f"<li>and {len(names) - _EXAMPLES:,} more, see manifest.json</li>" if len(names) > _EXAMPLES else ""
         detail = f"<details><summary>{html.escape(reason)}</summary><ul>{shown}{more}</ul></details>"
         rows.append((detail, status, _n(len(names))))
-    return _table(("reason", "", "files"), rows)
+    return _table(("reason", "", "files"), rows) if rows else "<p>Every file gave windows.</p>"
 
 
 def _left_windows(used: Sequence[Mapping]) -> str:
@@ -230,8 +240,9 @@ def _settings(manifest: Mapping) -> str:
 
 
 def _general(reason: str) -> str:
-    """A reason without its numbers and names in quotes, so that equal causes are counted together."""
-    return re.sub(r"'[^']*'", "'…'", re.sub(r"(?<![A-Za-z_/])\d+(?:\.\d+)?(?![A-Za-z_])", "#", reason))
+    """A reason without its numbers, files and names in quotes, so that equal causes are counted together."""
+    reason = re.sub(r"^[^\s,]+\.\w+(?=, line)", "…", re.sub(r"'[^']*'", "'…'", reason))
+    return re.sub(r"(?<![A-Za-z_/])\d+(?:\.\d+)?(?![A-Za-z_])", "#", reason)
 
 
 def _bars(rows: Sequence[tuple[str, int]], alt: str) -> str:

@@ -422,6 +422,32 @@ def test_annotation_formats(tmp_path):
         read_annotations(path)
 
 
+def test_layouts_of_other_releases(tmp_path):
+    """Versions 1 and 2: numbers of eight digits, folders of subject and session; only names are looked at."""
+    for name in (
+        "tuab/v1.1.2/edf/eval/abnormal/01_tcp_ar/007/00000768/s003_2012_04_06/00000768_s003_t000.edf",
+        "tuab/v2.0.0/edf/train/normal/01_tcp_ar/000/00000021/s004_2013_08_15/00000021_s004_t000.EDF",
+        "tuar/v1.0.0/edf/02_tcp_le/002/00000254/s005_2010_11_15/00000254_s005_t000.edf",
+        "tusl/v1.5.0/data/01_tcp_ar/004/00000492/s003_2003_10_18/00000492_s003_t001.edf",
+        "tueg/v1.2.0/edf/04_tcp_le_a/000/00000003/s002_2010/00000003_s002_t001.edf",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "tusl/v1.5.0/data/01_tcp_ar/004/00000492/s003_2003_10_18/00000492_s003_t001.tse_agg").touch()
+    found = {
+        name: [(s.subject, s.session, s.part, s.label) for s in corpus.find(tmp_path / name).sources]
+        for name, corpus in {"tuab": Tuab(), "tuar": Tuar(), "tusl": Tusl(), "tueg": Tueg()}.items()
+    }
+    assert found == {
+        "tuab": [("00000768", "s003", "test", 1), ("00000021", "s004", "train", 0)],
+        "tuar": [("00000254", "s005", "", None)],
+        "tusl": [("00000492", "s003", "", None)],
+        "tueg": [("00000003", "s002", "", None)],
+    }
+    (tueg,) = Tueg().find(tmp_path / "tueg").sources
+    assert Tueg().chain(tueg).montage == "tuh-bipolar-20"
+
+
 @pytest.mark.parametrize("corpus", ["tuab", "tuar", "tusl", "tueg", "siena"])
 def test_an_unknown_layout_is_one_sentence(corpus, tmp_path, capsys):
     (tmp_path / "raw").mkdir()
