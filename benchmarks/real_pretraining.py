@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -459,8 +459,8 @@ def probe(models: Mapping[str, LoadedModel], out: Path, held_out: list[Path]) ->
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def run(data: Path, out: Path, steps: int) -> dict[str, Any]:
-    """Everything, in order. Raises ValueError, one sentence, for what cannot be used."""
+def run(data: Path, out: Path, steps: int, objectives: Sequence[str]) -> dict[str, Any]:
+    """Everything for some of `OBJECTIVES`, in order. Raises ValueError, one sentence, for what cannot be used."""
     started = time.time()
 
     def say(text: str) -> None:
@@ -471,15 +471,16 @@ def run(data: Path, out: Path, steps: int) -> dict[str, Any]:
     paths, counts = write_parts(out)
     say(f"prepared: {json.dumps(counts)}")
     curves = {}
-    for objective in OBJECTIVES:
+    for objective in objectives:
         curves[objective] = train(objective, paths, out, steps)
         say(f"{objective}: best at step {curves[objective]['best_step']}, {curves[objective]['seconds']} s")
-    trained = {objective: load(out / f"run_{objective}") for objective in OBJECTIVES}
-    models = {"untrained": untrained(trained["mixed"], SEED), **trained}
+    trained = {objective: load(out / f"run_{objective}") for objective in objectives}
+    first = trained[objectives[0]]
+    models = {"untrained": untrained(first, SEED), **trained}
     reconstructing = {name: model for name, model in models.items() if name != "lejepa"}
     reconstruction = hidden_errors(reconstructing, paths["held_out"])
     say("reconstruction measured")
-    others = {f"random {i}": untrained(trained["mixed"], i) for i in range(RANDOM_INITIALISATIONS)}
+    others = {f"random {i}": untrained(first, i) for i in range(RANDOM_INITIALISATIONS)}
     measured = probe({**models, **others}, out, paths["held_out"])
     say("probed")
     leaves = jax.tree.leaves(models["untrained"].params)
@@ -642,7 +643,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     panels += [("LeJEPA: similarity of views", "similarity", ("lejepa", "mixed"))]
     panels += [("LeJEPA: SIGReg", "sigreg", ("lejepa", "mixed"))]
     for panel, (title, term, objectives) in zip(axes.flat, panels, strict=True):
-        for objective in objectives:
+        for objective in [name for name in objectives if name in result["curves"]]:
             curve, colour = result["curves"][objective], colours[objective]
             steps, values = zip(*((line["step"], line[term]) for line in curve["train"]), strict=True)
             panel.plot(steps, values, color=colour, linewidth=0.8, alpha=0.7, label=f"{objective}, training")
@@ -656,7 +657,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=7)
-        panel.legend(fontsize=7)
+        if panel.lines:
+            panel.legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
@@ -673,6 +675,7 @@ def main() -> int:
     parser.add_argument("data", type=Path, nargs="?", help="folder of the recordings")
     parser.add_argument("--out", type=Path, default=Path("runs/real_pretraining"), help="stores and runs (kept)")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each run")
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES, help="runs to make")
     parser.add_argument("--json", type=Path, default=RESULTS, help="figures to write, or with --page to read")
     parser.add_argument("--page", action="store_true", help="compute nothing: write tables and picture from the JSON")
     arguments = parser.parse_args()
@@ -680,7 +683,7 @@ def main() -> int:
         if arguments.data is None:
             parser.error("give the folder of the recordings, or --page")
         try:
-            result = run(arguments.data, arguments.out, arguments.steps)
+            result = run(arguments.data, arguments.out, arguments.steps, arguments.objectives)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
