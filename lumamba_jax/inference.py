@@ -1,11 +1,12 @@
-"""Signals in, embeddings or predictions out: `load`, `embed`, `predict`.
+"""Signals in, embeddings or predictions out: `load`, `embed`, `predict`, `run_batches`.
 
 Arrays may have any number of windows, channels and patches. Each is padded to the next size of a short ladder
 (2^k and 1.5 * 2^k) with exact masks, so that few programs are compiled and the padding changes no result.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lumamba_jax.architectures import Model, ModelConfig, abstract_model
 from lumamba_jax.checkpoint import describe, is_export, load_pretrained
-from lumamba_jax.compilation import compiler_options, enable_compilation_cache, on_local_devices, over_windows
+from lumamba_jax.compilation import (
+    CPU_BATCH_BLOCK,
+    compiler_options,
+    enable_compilation_cache,
+    on_local_devices,
+    over_windows,
+)
 from lumamba_jax.femba import FembaConfig
 from lumamba_jax.heads import ComputeDtype
 from lumamba_jax.losses import view_embeddings
@@ -230,6 +237,70 @@ def predict(
     """
     finish = _finish(model)
     return np.asarray(finish(_in_batches(model, signal_uv, locations, batch_size, _classify)))
+
+
+def run_batches(
+    model: LoadedModel, batches: Iterable[Mapping[str, np.ndarray]], output: Literal["embedding", "prediction"]
+) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n D"]]:
+    """Embed or predict the windows of padded batches of any montages and lengths: what `embed` and `predict` give.
+
+    One program is compiled for each shape of batch. The next batch is read while one is computed. On a CPU, batches of
+    `whole_blocks` windows give every window the same bits, whatever the size of the batch.
+
+    Args:
+        model: from `load`.
+        batches: each `signal` (B, C, T) microvolts, `locations` (B, C, 3) metres, `channel_mask` (B, C), `patch_mask`
+            (B, S), `window_mask` (B,), False in rows that are left out, `window_id` (B,) (docs/architecture.md).
+        output: embeddings `(n, M)`, or probabilities (values of a regression) `(n, K)`.
+
+    Returns: (window ids, float32 outputs), in the order of the batches.
+    Raises: ValueError as `predict`, and when there is no window.
+    """
+    finish = _finish(model) if output == "prediction" else None
+    program, static = _compiled(_classify if finish else _pool), (model.graphdef, model.normalization)
+    encoded: dict[bytes, np.ndarray] = {}
+    waiting: deque[tuple[np.ndarray, Array]] = deque()
+    ids, outputs = [], []
+
+    def collect() -> None:
+        real, values = waiting.popleft()
+        outputs.append(np.asarray(values if finish is None else finish(values), np.float32)[real])
+
+    for batch in batches:
+        real = np.asarray(batch["window_mask"])
+        waiting.append((real, program(*static, model.replicated_params, _inputs(model, batch, encoded))))
+        ids.append(np.asarray(batch["window_id"])[real])
+        if len(waiting) > 1:
+            collect()
+    while waiting:
+        collect()
+    if not sum(map(len, ids)):
+        raise ValueError("there is no window to evaluate")
+    return np.concatenate(ids), np.concatenate(outputs)
+
+
+def whole_blocks(batch_size: int) -> int:
+    """The next batch size that the local devices divide into whole blocks of windows."""
+    block = jax.local_device_count() * (CPU_BATCH_BLOCK if jax.default_backend() == "cpu" else 1)
+    return -(-batch_size // block) * block
+
+
+def _inputs(
+    model: LoadedModel, batch: Mapping[str, np.ndarray], encoded: dict[bytes, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What the programs take of a batch, with the encoding of each montage made once (`encoded`)."""
+    if isinstance(model.config, FembaConfig):
+        return {"signal": np.asarray(batch["signal"])}
+    locations, masks = np.asarray(batch["locations"], np.float32), np.asarray(batch["channel_mask"])
+    dtype = np.float64 if model.position_dtype == "float64" else np.float32
+    rows = []
+    for own, mask in zip(locations, masks, strict=True):
+        key = own.tobytes() + mask.tobytes()
+        if key not in encoded:
+            encoded[key] = position_encoding(own, model.config.embed_dim, mask, dtype=dtype).astype(np.float32)
+        rows.append(encoded[key])
+    names = ("signal", "locations", "channel_mask", "patch_mask")
+    return {name: np.asarray(batch[name]) for name in names} | {"position_encoding": np.stack(rows)}
 
 
 def _in_batches(model: LoadedModel, signal_uv: Any, locations: Any, batch_size: int, program: Program) -> np.ndarray:

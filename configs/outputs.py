@@ -1,0 +1,139 @@
+"""Every window of stores, recordings or folders through a loaded model -> columns to save or show."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data_pipeline.loader import Batches, LoaderConfig, make_dataset
+from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.preprocess import preprocess
+from data_pipeline.readers import read_recording
+from data_pipeline.store import Store
+from lumamba_jax.femba import FembaConfig
+from lumamba_jax.inference import LoadedModel, embed_recording, run_batches, whole_blocks
+
+Output = Literal["embedding", "prediction"]
+COLUMN = {"embedding": "embeddings", "prediction": "predictions"}
+MOST_SIZES = 4
+"""More channel counts than these are padded to the next of 1, 2, 3, 4, 6, 8, 12, ...; each is one compiled program."""
+
+
+def store_columns(
+    model: LoadedModel, stores: Sequence[Store], output: Output, *, batch_size: int = 64
+) -> dict[str, np.ndarray]:
+    """What `model` makes of every window of `stores`, in their order, with what the stores know of each.
+
+    Windows of any montages and lengths share the batches (`evaluation_batches`). A window that is not finite has NaN.
+
+    Returns: `embeddings` (n, M) or `predictions` (n, K) float32; `window_id`, `subject`, `recording`, `montage`,
+        `start_sample` and, where all stores have them, `label` (n,).
+    Raises: ValueError, one sentence, when a store does not fit the model.
+    """
+    for store in stores:
+        check_rate(model, store)
+    found: dict[str, np.ndarray] = {"window_id": np.arange(sum(map(len, stores)))}
+    ids, values = run_batches(model, evaluation_batches(model, stores, batch_size=batch_size), output)
+    found[COLUMN[output]] = np.full((len(found["window_id"]), values.shape[1]), np.nan, np.float32)
+    found[COLUMN[output]][ids] = values
+    columns = ("subjects", "recordings", "montage_names", "start_samples")
+    for name, column in zip(("subject", "recording", "montage", "start_sample"), columns, strict=True):
+        found[name] = np.concatenate([np.asarray(getattr(store, column)) for store in stores])
+    if all(store.labels is not None for store in stores) and len({store.labels.shape[1:] for store in stores}) == 1:
+        found["label"] = np.concatenate([store.labels for store in stores])
+    return found
+
+
+def evaluation_batches(model: LoadedModel, stores: Sequence[Store], *, batch_size: int = 64) -> Batches:
+    """One pass over all windows, in as few shapes as `padded_sizes` says; batches of whole blocks of windows.
+
+    Raises: ValueError, one sentence, for windows that do not fit the model.
+    """
+    sizes = {(len(montage), store.n_times) for store in stores for montage in store.montages.values()}
+    for channels, samples in sorted(sizes):
+        model.config.check_window(channels, samples)
+    shapes = {}
+    if not isinstance(model.config, FembaConfig):  # a fixed grid is never padded
+        shapes = {"grouping": "padded", "channel_buckets": padded_sizes([channels for channels, _ in sizes])}
+        shapes["time_buckets"] = tuple(sorted({samples for _, samples in sizes}))
+    loader = LoaderConfig(batch_size=whole_blocks(batch_size), patch_size=model.config.patch_size, **shapes)
+    return make_dataset(list(stores), None, loader.for_evaluation())
+
+
+def padded_sizes(counts: Sequence[int]) -> tuple[int, ...]:
+    """The channel counts that batches have: those that occur, or a ladder of sizes when these are many."""
+    distinct = sorted(set(counts))
+    if len(distinct) <= MOST_SIZES:
+        return tuple(distinct)
+    ladder = [size for k in range(max(distinct).bit_length() + 1) for size in (2**k, 3 * 2**k // 2)]
+    return tuple(sorted({min(size for size in ladder if size >= count) for count in distinct}))
+
+
+def check_rate(model: LoadedModel, store: Store) -> None:
+    """Refuse windows of another sampling rate than the model was trained at."""
+    trained = model.metadata["provenance"].get("sfreq")
+    if trained and abs(trained - store.sfreq) > 1e-6:
+        raise ValueError(
+            f"the model was trained at {trained:g} Hz, {store.path} holds {store.sfreq:g} Hz: prepare it again"
+        )
+
+
+def prepare_windows(source: Path, out: Path, model: LoadedModel, seconds: float, stride: float | None) -> dict:
+    """Cut a recording, or a folder of recordings, into windows of `seconds` every `stride`; the manifest.
+
+    Raises ValueError, one sentence, when nothing can be used.
+    """
+    folder, include = (source, ()) if source.is_dir() else (source.parent, (source.name,))
+    return prepare(PrepareConfig(folder, out, include=include, sfreq=model_rate(model), window=seconds, stride=stride))
+
+
+def model_rate(model: LoadedModel) -> float:
+    """The sampling rate that the model was trained at, hertz; published models: 256."""
+    return float(model.metadata["provenance"].get("sfreq", 256.0))
+
+
+def whole_recording_columns(model: LoadedModel, source: Path, say: Callable[[str], None]) -> dict[str, np.ndarray]:
+    """The embedding of every recording of `source` (a file or a folder) as one long window, in bounded memory.
+
+    A recording that cannot be used is said and left out.
+
+    Returns: `embeddings` (n, M), `recording`, `montage` (n,), `seconds` (n,).
+    Raises: ValueError when none is left, or for an architecture that needs windows (`embed_recording`).
+    """
+    paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    settings = PrepareConfig(source if source.is_dir() else source.parent, Path("unused.h5"), sfreq=model_rate(model))
+    rows: list[tuple[np.ndarray, str, str, float]] = []
+    for path in paths:
+        try:
+            recording, montage = preprocess(read_recording(path), settings.preprocess_config())
+        except ValueError as error:
+            say(f"{path}: left out, {' '.join(str(error).split())}")
+            continue
+        count = recording.signal_uv.shape[1] // model.config.patch_size * model.config.patch_size
+        if not count:
+            say(f"{path}: left out, shorter than one patch of {model.config.patch_size} samples")
+            continue
+        latent = embed_recording(model, recording.signal_uv[:, :count], montage.locations)
+        rows.append((latent, path.name, montage.name, count / recording.sfreq))
+    if not rows:
+        raise ValueError(f"no recording of {source} can be embedded")
+    embeddings, names, montages, seconds = zip(*rows, strict=True)
+    return {
+        "embeddings": np.stack(embeddings),
+        "recording": np.array(names),
+        "montage": np.array(montages),
+        "seconds": np.array(seconds),
+    }
+
+
+def by_recording(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Mean prediction of every recording, over its windows that have one: `recording`, `windows`, `predictions`."""
+    names, group = np.unique(columns["recording"], return_inverse=True)
+    values = columns["predictions"].astype(np.float64)
+    finite = np.isfinite(values).all(1)
+    counts = np.bincount(group[finite], minlength=len(names))
+    sums = np.zeros((len(names), values.shape[1]))
+    np.add.at(sums, group[finite], values[finite])
+    with np.errstate(invalid="ignore"):
+        return {"recording": names, "windows": counts, "predictions": sums / counts[:, None]}
