@@ -3,7 +3,11 @@
 Every score is computed from *weighted* windows: with all weights 1 it is the value itself; with the number of times
 each subject was drawn it is a bootstrap resample, and all resamples are computed at once. So value and interval can
 never come from two definitions. Names ending in `_reference` are what the published code logs where that differs
-(recipes 5): its binary AUROC and AUPR rank windows by the raw logit of class 1, ours by the probability.
+(recipes 5): its binary AUROC and AUPR rank windows by the raw logit of class 1, ours by the probability; its accuracy
+is plain with two classes and the mean recall with more; its Pearson r is a mean of running values.
+
+`ece` is the expected calibration error of the decision's probability in equal bins (Guo et al., ICML 2017). `brier` is
+the mean squared error of p(class 1); with more classes, of all probabilities, summed (scikit-learn's convention).
 
 A class without samples is left out of means over classes, and the report says so.
 """
@@ -18,6 +22,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 Kind = Literal["classification", "multilabel", "regression"]
 _CHUNK = 4_000_000  # elements of one (resamples, windows) block: about 32 MB each
+RELIABILITY_BINS = 15
+REFERENCE_BATCH = 512
+"""Windows of one batch of the published evaluation, which its Pearson r depends on (recipes R12)."""
 
 
 # --- predictions ------------------------------------------------------------------------------------------------------
@@ -48,7 +55,7 @@ class Predictions:
         lengths = {field.name: len(getattr(self, field.name)) for field in dataclasses.fields(self)}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"predictions need one row per window in every field, found {lengths}")
-        bad = int(np.sum(~np.isfinite(self.logits.reshape(len(self.logits), -1)).all(axis=1)))
+        bad = int(np.sum(~np.isfinite(self.logits).all(axis=tuple(range(1, self.logits.ndim)))))
         if bad:
             raise ValueError(
                 f"{bad} of {len(self.logits)} predictions are not finite: the model diverged, or its input holds NaN"
@@ -152,6 +159,27 @@ def _ranking(scores: np.ndarray, positive: np.ndarray, weights: _Weights) -> tup
     return np.concatenate(auroc), np.concatenate(aupr)
 
 
+def _reliability_sums(probabilities: np.ndarray, labels: np.ndarray, weights: _Weights) -> np.ndarray:
+    """Decisions, their summed probability and how many were right, by bin of that probability: `(3, R, bins)`.
+
+    Bins are closed on the right, as in Guo et al.
+    """
+    confidence = probabilities.max(1)
+    right = probabilities.argmax(1) == labels
+    bins = np.clip(np.ceil(confidence * RELIABILITY_BINS).astype(np.int64) - 1, 0, RELIABILITY_BINS - 1)
+    groups = weights.of_group.shape[1]
+    cells = weights.group * RELIABILITY_BINS + bins
+    columns = (np.ones(len(labels)), confidence, right.astype(np.float64))
+    sums = [np.bincount(cells, column, minlength=groups * RELIABILITY_BINS) for column in columns]
+    return np.stack([weights.of_group @ column.reshape(groups, RELIABILITY_BINS) for column in sums])
+
+
+def _squared_errors(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The Brier score of each row `(n,)`."""
+    wrong = (probabilities - np.eye(probabilities.shape[1])[labels]) ** 2
+    return wrong[:, 1] if probabilities.shape[1] == 2 else wrong.sum(1)
+
+
 def _confusion(decisions: np.ndarray, labels: np.ndarray, n_classes: int, weights: _Weights) -> np.ndarray:
     """Confusion matrices `(R, K, K)`: rows are true classes, columns decisions."""
     pairs = np.eye(n_classes**2)[labels * n_classes + decisions]
@@ -197,6 +225,9 @@ def _classification_scores(
     else:
         ranked = [_ranking(probabilities[:, k], labels == k, weights) for k in range(n_classes)]
         scores["auroc"], scores["aupr"] = (_mean_of_finite(np.stack(s, axis=1)) for s in zip(*ranked, strict=True))
+    _, confident, right = _reliability_sums(probabilities, labels, weights)
+    scores["ece"] = np.abs(right - confident).sum(1) / total
+    scores["brier"] = weights.sums(_squared_errors(probabilities, labels)[:, None])[:, 0] / total
     scores["accuracy_reference"] = accuracy if binary else balanced
     if binary and reference is not None:
         scores["auroc_reference"], scores["aupr_reference"] = _ranking(reference, labels == 1, weights)
@@ -211,7 +242,7 @@ def _multilabel_scores(logits: np.ndarray, labels: np.ndarray, weights: _Weights
     for k in range(logits.shape[1]):
         truth = (labels[:, k] > 0.5).astype(np.int64)
         columns.append(_classification_scores(_probabilities(logits[:, k : k + 1]), truth, weights))
-    names = ("accuracy", "balanced_accuracy", "f1", "kappa", "auroc", "aupr")
+    names = ("accuracy", "balanced_accuracy", "f1", "kappa", "auroc", "aupr", "ece", "brier")
     both = np.array([0 < np.mean(labels[:, k] > 0.5) < 1 for k in range(logits.shape[1])])
     usable = [column for column, keep in zip(columns, both, strict=True) if keep]
     scores = {name: _mean_of_finite(np.stack([c[name] for c in usable or columns], axis=1)) for name in names}
@@ -221,6 +252,16 @@ def _multilabel_scores(logits: np.ndarray, labels: np.ndarray, weights: _Weights
 
 def _regression_scores(prediction: np.ndarray, target: np.ndarray, weights: _Weights) -> dict[str, np.ndarray]:
     """R2 (mean over outputs), RMSE (over windows and outputs), Pearson r (mean over outputs), each `(R,)`."""
+    by_output = _regression_by_output(prediction, target, weights)
+    return {
+        "r2": _mean_of_finite(by_output["r2"]),
+        "rmse": np.sqrt(np.mean(by_output["rmse"] ** 2, axis=1)),
+        "pearson": by_output["pearson"].mean(1),
+    }
+
+
+def _regression_by_output(prediction: np.ndarray, target: np.ndarray, weights: _Weights) -> dict[str, np.ndarray]:
+    """R2, RMSE and Pearson r of each output, each `(R, K)`."""
     n, k = target.shape
     # Centred on a value that occurs: the moments keep their digits, and a constant column gives exactly 0.
     y = target - np.sort(target, axis=0)[n // 2]
@@ -233,11 +274,7 @@ def _regression_scores(prediction: np.ndarray, target: np.ndarray, weights: _Wei
     flat_y, flat_p = var_y <= 1e-12 * syy, var_p <= 1e-12 * spp
     r2 = 1 - _divide(residual, np.where(flat_y, 0, var_y))
     pearson = np.where(flat_y | flat_p, 0, _divide(cov, np.sqrt(np.maximum(var_y * var_p, 0)), otherwise=0.0))
-    return {
-        "r2": _mean_of_finite(r2),
-        "rmse": np.sqrt(residual.sum(1) / (count[:, 0] * k)),
-        "pearson": pearson.mean(1),
-    }
+    return {"r2": r2, "rmse": np.sqrt(residual / count), "pearson": pearson}
 
 
 # --- scores of predictions --------------------------------------------------------------------------------------------
@@ -298,6 +335,16 @@ def regression(prediction: Float[np.ndarray, "n K"], target: Shaped[np.ndarray, 
     return {name: float(values[0]) for name, values in scores.items()}
 
 
+def pearson_reference(
+    prediction: Float[np.ndarray, "n K"], target: Shaped[np.ndarray, "n K"], *, batch_size: int = REFERENCE_BATCH
+) -> float:
+    """Pearson r as the published code logs it: the mean over batches of r over all windows up to that batch (R12)."""
+    prediction, target = prediction.astype(np.float64), target.astype(np.float64)
+    batch = np.arange(len(target)) // batch_size
+    running = _Weights(np.tri(batch[-1] + 1), batch)
+    return float(_regression_scores(prediction, target, running)["pearson"].mean())
+
+
 def _regression_notes(prediction: np.ndarray, target: np.ndarray) -> list[str]:
     notes = []
     flat_target, flat_output = (np.flatnonzero(np.ptp(values, axis=0) == 0) for values in (target, prediction))
@@ -328,7 +375,10 @@ class LevelReport:
         n_units: windows, recordings or subjects scored.
         metrics: by name.
         confusion: `(K, K)` counts, rows true classes, columns decisions; classification only.
-        per_class: one row per class: name, support, recall, precision, f1.
+        per_class: one row per class: name, support, recall, precision, f1, and auroc and aupr against the rest; of
+            independent outputs, or of a regression, one row per output with its scores.
+        reliability: one row per bin of the decision's probability that is not empty: low, high, n, confidence (mean
+            probability), accuracy; classification only.
         dropped_resamples: bootstrap resamples left out because they lost a class (or all variance).
         notes: what was left out, in sentences.
     """
@@ -337,13 +387,18 @@ class LevelReport:
     metrics: dict[str, Estimate]
     confusion: Int[np.ndarray, "K K"] | None
     per_class: list[dict[str, Any]]
+    reliability: list[dict[str, float]]
     dropped_resamples: int
     notes: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Everything `evaluate` found, by level; `to_dict` is ready for JSON."""
+    """Everything `evaluate` found, by level; `to_dict` is ready for JSON.
+
+    `subjects` has one row per subject: subject, n (windows), recordings, label (where it has one only), decided (the
+    class of the highest mean probability) and its own scores over windows.
+    """
 
     kind: Kind
     class_names: list[str]
@@ -352,6 +407,7 @@ class Report:
     confidence: float
     seed: int
     levels: dict[str, LevelReport]
+    subjects: list[dict[str, Any]]
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -427,7 +483,11 @@ def evaluate(
     reports = {
         level: _level_report(of_level, kind, names, n_resamples, confidence, seed) for level, of_level in levels.items()
     }
-    return Report(kind, names, n_subjects, n_resamples, confidence, seed, reports, notes)
+    if kind == "regression":  # the order of the windows matters, so it has no interval
+        value = pearson_reference(units.outputs, units.labels)
+        reports["window"].metrics["pearson_reference"] = Estimate(value)
+    subjects = _subject_table(units, kind, names)
+    return Report(kind, names, n_subjects, n_resamples, confidence, seed, reports, subjects, notes)
 
 
 def _window_units(predictions: Predictions, kind: Kind) -> tuple[_Units, list[str]]:
@@ -462,17 +522,11 @@ def _grouped(units: _Units, level: str) -> tuple[_Units | None, str]:
 def _level_report(
     units: _Units, kind: Kind, names: list[str], n_resamples: int, confidence: float, seed: int
 ) -> LevelReport:
-    def scores(weights: _Weights) -> dict[str, np.ndarray]:
-        if kind == "classification":
-            return _classification_scores(units.outputs, units.labels, weights, units.reference)
-        score = _multilabel_scores if kind == "multilabel" else _regression_scores
-        return score(units.outputs, units.labels, weights)
-
-    values = scores(_Weights.ones(len(units.labels)))
+    values = _scores(units, kind, _Weights.ones(len(units.labels)))
     metrics = {name: Estimate(float(value[0])) for name, value in values.items()}
     dropped = 0
     if n_resamples:
-        resampled = scores(_Weights.bootstrap(units.subject, n_resamples, seed))
+        resampled = _scores(units, kind, _Weights.bootstrap(units.subject, n_resamples, seed))
         finite = {name: drawn[np.isfinite(drawn)] for name, drawn in resampled.items()}
         defined = [len(finite[name]) for name, estimate in metrics.items() if np.isfinite(estimate.value)]
         dropped = n_resamples - min(defined, default=n_resamples)
@@ -482,26 +536,146 @@ def _level_report(
                 metrics[name] = Estimate(metrics[name].value, *map(float, np.percentile(drawn, tails)))
     confusion: np.ndarray | None = None
     per_class: list[dict[str, Any]] = []
+    reliability: list[dict[str, float]] = []
     notes: list[str] = []
     if kind == "classification":
         confusion, per_class, notes = _class_table(units, names)
+        reliability = _reliability_table(units)
     elif kind == "regression":
+        per_class = _output_table(units, names)
         notes = _regression_notes(units.outputs, units.labels)
-    return LevelReport(len(units.labels), metrics, confusion, per_class, dropped, notes)
+    else:
+        per_class = [_of_one_output(units, k, name) for k, name in enumerate(names)]
+    return LevelReport(len(units.labels), metrics, confusion, per_class, reliability, dropped, notes)
+
+
+def _scores(units: _Units, kind: Kind, weights: _Weights) -> dict[str, np.ndarray]:
+    if kind == "classification":
+        return _classification_scores(units.outputs, units.labels, weights, units.reference)
+    score = _multilabel_scores if kind == "multilabel" else _regression_scores
+    return score(units.outputs, units.labels, weights)
 
 
 def _class_table(units: _Units, names: list[str]) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
     weights = _Weights.ones(len(units.labels))
     confusion = _confusion(units.outputs.argmax(1), units.labels, len(names), weights)
     table = _per_class(confusion)
+    ranked = [_ranking(units.outputs[:, k], units.labels == k, weights) for k in range(len(names))]
     rows = [
         {"name": name, "support": int(table["support"][0, k])}
         | {score: float(table[score][0, k]) for score in ("recall", "precision", "f1")}
+        | {"auroc": float(ranked[k][0][0]), "aupr": float(ranked[k][1][0])}
         for k, name in enumerate(names)
     ]
     absent = [name for name, row in zip(names, rows, strict=True) if row["support"] == 0]
     notes = [f"no samples of {', '.join(absent)}: left out of means over classes"] if absent else []
     return confusion[0].astype(np.int64), rows, notes
+
+
+def _reliability_table(units: _Units) -> list[dict[str, float]]:
+    sums = _reliability_sums(units.outputs, units.labels, _Weights.ones(len(units.labels)))[:, 0]
+    return [
+        {"low": k / RELIABILITY_BINS, "high": (k + 1) / RELIABILITY_BINS}
+        | {"n": int(count), "confidence": float(confident / count), "accuracy": float(right / count)}
+        for k, (count, confident, right) in enumerate(sums.T)
+        if count
+    ]
+
+
+def _output_table(units: _Units, names: list[str]) -> list[dict[str, Any]]:
+    scores = _regression_by_output(units.outputs, units.labels, _Weights.ones(len(units.labels)))
+    return [
+        {"name": name, "support": len(units.labels)} | {key: float(value[0, k]) for key, value in scores.items()}
+        for k, name in enumerate(names)
+    ]
+
+
+def _of_one_output(units: _Units, k: int, name: str) -> dict[str, Any]:
+    truth = units.labels[:, k : k + 1]
+    scores = _multilabel_scores(units.outputs[:, k : k + 1], truth, _Weights.ones(len(truth)))
+    shown = ("balanced_accuracy", "f1", "auroc", "aupr")
+    return {"name": name, "support": int((truth > 0.5).sum())} | {key: float(scores[key][0]) for key in shown}
+
+
+_SUBJECT_SCORES = {
+    "classification": ("accuracy", "balanced_accuracy", "auroc", "aupr", "kappa", "f1_macro"),
+    "multilabel": ("accuracy", "auroc", "aupr"),
+    "regression": ("r2", "rmse", "pearson"),
+}
+
+
+def _subject_table(units: _Units, kind: Kind, names: list[str]) -> list[dict[str, Any]]:
+    found, group = np.unique(units.subject, return_inverse=True)
+    rows = []
+    for g, subject in enumerate(found):
+        own = np.flatnonzero(group == g)
+        one = _Units(
+            units.outputs[own],
+            units.labels[own],
+            units.subject[own],
+            units.recording[own],
+            None if units.reference is None else units.reference[own],
+        )
+        row: dict[str, Any] = {"subject": str(subject), "n": len(own), "recordings": len(np.unique(one.recording))}
+        if kind == "classification":
+            several = len(np.unique(one.labels)) > 1
+            row["label"] = None if several else names[one.labels[0]]
+            row["decided"] = names[one.outputs.mean(0).argmax()]
+        scores = _scores(one, kind, _Weights.ones(len(own)))
+        rows.append(row | {name: float(scores[name][0]) for name in _SUBJECT_SCORES[kind]})
+    return rows
+
+
+# --- several runs -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """One score of several runs; `sd` has n - 1 in the denominator, NaN for one run."""
+
+    mean: float
+    sd: float
+    values: list[float]
+
+
+def over_runs(reports: Sequence[Report]) -> dict[str, dict[str, Spread]]:
+    """Mean and standard deviation of every score that all runs have, by level."""
+    first, levels = reports[0], [set(report.levels) for report in reports]
+    found: dict[str, dict[str, Spread]] = {}
+    for level in (name for name in first.levels if all(name in own for own in levels)):
+        found[level] = {}
+        for name in first.levels[level].metrics:
+            values = [report.levels[level].metrics[name].value for report in reports]
+            sd = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+            found[level][name] = Spread(float(np.mean(values)), sd, values)
+    return found
+
+
+def require_same_windows(runs: dict[str, Predictions]) -> None:
+    """Raise ValueError when two runs, by name, did not predict the same windows with the same labels."""
+    (first, expected), *others = runs.items()
+    for name, predictions in others:
+        for field in ("window_id", "subject", "recording", "labels"):
+            if not np.array_equal(getattr(predictions, field), getattr(expected, field)):
+                raise ValueError(
+                    f"{name} and {first} were not scored on the same windows ({field}): a mean over runs needs one "
+                    "test part, so the same split (data.split_seed, data.split_file), and another trainer.seed"
+                )
+
+
+def as_multilabel(predictions: Predictions) -> Predictions:
+    """Two logits `(n, outputs, 2)` and a class 0 or 1 per output, as one logit and one float label per output."""
+    if predictions.logits.ndim != 3 or predictions.logits.shape[-1] != 2:
+        raise ValueError(f"independent outputs need logits (n, outputs, 2), found {predictions.logits.shape}")
+    logits = predictions.logits.astype(np.float64)
+    labels = predictions.labels.astype(np.float64)
+    return dataclasses.replace(predictions, logits=logits[..., 1] - logits[..., 0], labels=labels)
+
+
+def decisions(predictions: Predictions) -> tuple[Float[np.ndarray, "m K"], Int[np.ndarray, "m"]]:
+    """Probabilities and true classes of all labelled decisions of a classification, one row each."""
+    units, _ = _window_units(predictions, "classification")
+    return units.outputs, units.labels
 
 
 def format_table(report: Report) -> str:
