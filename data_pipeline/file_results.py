@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+_LONGEST = 500  # characters of a reason
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a full quota: errors of the run, not of a file
 
 
@@ -75,8 +76,9 @@ def disk_full_named(kept: Path) -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """The same words without line breaks."""
-    return " ".join(text.split())
+    """The same words without line breaks; what a damaged file makes endless is cut."""
+    words = " ".join(text.split())
+    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 4]} ..."
 
 
 def package_version(package: str) -> str:

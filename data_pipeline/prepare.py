@@ -35,7 +35,7 @@ from data_pipeline.store import SCHEMA_VERSION, StoreInfo, create_store
 from data_pipeline.windows import LabelTable, Segment, Windows, annotation_segments, cut_windows, read_label_table
 from data_pipeline.workers import completed, with_progress
 
-_CACHE_VERSION = "1"  # raise when the code changes what a file becomes: older cached results are then not used
+_CACHE_VERSION = "2"  # raise when the code changes what a file becomes: older cached results are then not used
 
 
 @dataclass(frozen=True)

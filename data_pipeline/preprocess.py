@@ -32,6 +32,8 @@ from data_pipeline.recording import Recording
 FLAT_UV = 0.01  # standard deviation of a channel that is disconnected, or is the reference itself
 PLAUSIBLE_UV = (0.5, 500.0)  # robust amplitude of scalp EEG after the high-pass, generous at both ends
 _TYPICAL_UV = 15.0
+_LARGEST = 1e20  # far above any unit that is read wrongly; the filters must not overflow
+_RATES_HZ = (20.0, 1e5)  # below, nothing of the EEG bands is left; above, a header is wrong and the filters too long
 _FILTER_CYCLES = 3.3  # length of a Hamming FIR in units of 1 / transition width
 _UNIT_FACTORS = {
     1e6: "volts where microvolts were expected",
@@ -91,6 +93,7 @@ def preprocess(recording: Recording, config: PreprocessConfig) -> tuple[Recordin
     Raises ValueError, one sentence, when no usable electrode is left, the asked montage cannot be made, or the
     amplitude is not plausible.
     """
+    check_rate(recording)
     recording = select_channels(recording, config)
     recording = fill_gaps(recording)
     if config.scale != 1.0:
@@ -104,6 +107,13 @@ def preprocess(recording: Recording, config: PreprocessConfig) -> tuple[Recordin
         check_units(recording)
     recording, montage = derive(recording, config)
     return dataclasses.replace(recording, signal_uv=recording.signal_uv.astype(np.float32)), montage
+
+
+def check_rate(recording: Recording) -> None:
+    """Raise ValueError when the sampling rate is none of an EEG."""
+    low, high = _RATES_HZ
+    if not low <= recording.sfreq <= high:
+        raise ValueError(f"a sampling rate of {recording.sfreq:.4g} Hz is not that of EEG ({low:g} to {high:g} Hz)")
 
 
 def wanted_names(montage: str) -> tuple[str, ...] | None:
@@ -171,9 +181,10 @@ def _nothing_left(recording: Recording, dropped: dict[str, str]) -> str:
 def fill_gaps(recording: Recording) -> Recording:
     """Replace samples that are not finite by a straight line, so that filters stay finite, and list them as gaps.
 
+    Numbers that no unit explains (above 1e20) count as not finite: one of them would spoil the whole recording.
     A window that touches a gap is rejected later. A channel without any finite sample is dropped.
     """
-    bad = ~np.isfinite(recording.signal_uv)
+    bad = ~(np.abs(recording.signal_uv) <= _LARGEST)  # also where it is not a number
     if not bad.any():
         return recording
     alive = ~bad.all(axis=1)

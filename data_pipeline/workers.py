@@ -6,7 +6,9 @@ its outcome is a "rejected" entry and the others go on.
 
 import concurrent.futures
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -84,8 +86,7 @@ def _one_pool(
     pool = concurrent.futures.ProcessPoolExecutor(
         jobs,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,  # Ctrl-C stops the parent; files in work are finished, and kept
-        initargs=(signal.SIGINT, signal.SIG_IGN),
+        initializer=_begin,
     )
     running: dict[concurrent.futures.Future, int] = {}
     try:
@@ -104,6 +105,20 @@ def _one_pool(
         lost.extend(running.values())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin() -> None:
+    """A worker's first act. Ctrl-C stops the parent; files in work are finished, and kept."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody: its workers would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _on_cluster(work: Work, tasks: Sequence[Task], scheduler: str, shared: Path | None) -> Iterator[tuple[int, dict]]:

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import numpy as np
 
-_HDF5 = b"MATLAB 7.3"
+from data_pipeline.readers.matlab5 import check_matlab5, is_matlab73
 
 
 def read_numeric(path: Path) -> dict[str, np.ndarray]:
     """The numeric variables, in MATLAB's orientation. Raises ValueError for a file that cannot be read."""
-    if _is_hdf5(path):
+    if is_matlab73(path):
         import h5py
 
         try:
             with h5py.File(path, "r") as file:
                 found = {name: item[()].T for name, item in file.items() if isinstance(item, h5py.Dataset)}
-        except OSError as error:
+        except Exception as error:  # h5py raises many types for a damaged file
             raise ValueError(f"damaged: not a MATLAB file that can be read ({error})") from error
     else:
         found = {name: value for name, value in _load(path).items() if isinstance(value, np.ndarray)}
@@ -27,7 +27,7 @@ def read_struct(path: Path, name: str) -> np.void:
 
     Raises ValueError, one sentence, when there is none, or the file is version 7.3.
     """
-    if _is_hdf5(path):
+    if is_matlab73(path):
         raise ValueError("a MATLAB file of version 7.3, the published one is version 5: save it again with -v7")
     variables = _load(path)
     value = variables.get(name)
@@ -37,15 +37,10 @@ def read_struct(path: Path, name: str) -> np.void:
     return value.reshape(-1)[0]
 
 
-def _is_hdf5(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(520)
-    return head.startswith(_HDF5) or b"\x89HDF" in (head[:4], head[512:516])
-
-
 def _load(path: Path) -> dict:
     import scipy.io
 
+    check_matlab5(path)
     try:
         return scipy.io.loadmat(path)
     except Exception as error:  # SciPy raises many types for a damaged file

@@ -12,6 +12,7 @@ import numpy as np
 from data_pipeline.corpora.base import Catalogue, Corpus, Division, Expected, Piece, Source, files_below, unknown_layout
 from data_pipeline.montages import CHANNEL_ORDERS, find_name, normalize_name
 from data_pipeline.preprocess import PreprocessConfig
+from data_pipeline.readers.mne_formats import what_mne_said
 from data_pipeline.recording import Recording
 
 if TYPE_CHECKING:
@@ -161,8 +162,7 @@ def _open(path: Path, last_trial: float) -> "mne.io.BaseRaw":
         raw = opened(data_format="int32")
         return raw if raw.n_times >= last_trial * raw.info["sfreq"] else opened(data_format="int16")
     except Exception as error:  # MNE raises many types for a bad file; each means that it cannot be read
-        first = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ValueError(f"MNE cannot read it ({type(error).__name__}: {first})") from error
+        raise ValueError(f"damaged: {what_mne_said(error, path)}") from error
 
 
 def _rows(labels: list[str]) -> list[int]:
@@ -178,7 +178,7 @@ def _rows(labels: list[str]) -> list[int]:
 def _cut(raw: "mne.io.BaseRaw", rows: list[int], trial: Trial) -> Recording:
     sfreq = float(raw.info["sfreq"])
     start, stop = round(trial.start * sfreq), min(round(trial.stop * sfreq), raw.n_times)
-    volts = np.asarray(raw.get_data(picks=rows, start=start, stop=stop))
+    volts = np.asarray(raw.get_data(picks=np.array(rows), start=start, stop=stop))
     others = {name: "not one of the 62 channels" for i, name in enumerate(raw.ch_names) if i not in rows}
     return Recording(volts * 1e6, sfreq, _CHANNELS, unit="V (as MNE reads it)", dropped=others)
 

@@ -43,8 +43,16 @@ def companions(path: Path) -> list[Path]:
     if path.suffix.lower() == ".vhdr":
         text = path.read_bytes().decode("utf-8", errors="replace")
         named = [name.strip().replace("$b", stem) for name in re.findall(r"(?m)^(?:DataFile|MarkerFile)=(.*)$", text)]
-        return sorted(p for p in (path.with_name(name) for name in named) if p.is_file())
-    return sorted(p for p in (path.with_suffix(suffix) for suffix in wanted) if p.is_file())
+        return sorted(p for p in (path.parent / name for name in named) if _is_file(p))
+    return sorted(p for p in (path.with_suffix(suffix) for suffix in wanted) if _is_file(p))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a name from a damaged header may be none that a file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def read_recording(path: str | Path, *, text_sfreq: float | None = None) -> Recording:

@@ -40,7 +40,7 @@ def read_edf_header(path: Path) -> EdfHeader:
         dimensions = [_text(block[n_signals * 96 + i * 8 :][:8]) for i in range(n_signals)]
         _refuse_text_copy(file.read(1 << 20), head + block)
         counts = [_integer(block[n_signals * 216 + i * 8 :][:8], "samples per record") for i in range(n_signals)]
-        declared = _integer(head[236:244], "number of records")
+        declared = _integer(head[236:244], "number of records", least=-1)
         seconds = _number(head[244:252], "record duration")
         record_bytes = width * sum(counts)
         present = (size - 256 * (n_signals + 1)) // record_bytes if record_bytes else 0
@@ -107,12 +107,18 @@ def _text(raw: bytes) -> str:
     return raw.decode("latin-1").strip("\x00 ")
 
 
-def _integer(raw: bytes, what: str) -> int:
-    return int(_number(raw, what))
+def _integer(raw: bytes, what: str, *, least: int = 0) -> int:
+    value = _number(raw, what)
+    if value < least:
+        raise ValueError(f"damaged header: {what} is {_text(raw)!r}")
+    return int(value)
 
 
 def _number(raw: bytes, what: str) -> float:
     try:
-        return float(_text(raw))
+        value = float(_text(raw))
     except ValueError:
-        raise ValueError(f"damaged header: {what} is {_text(raw)!r}, not a number") from None
+        value = np.nan
+    if not np.isfinite(value):
+        raise ValueError(f"damaged header: {what} is {_text(raw)!r}, not a number")
+    return value

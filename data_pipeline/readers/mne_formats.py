@@ -1,6 +1,7 @@
 """EDF/EDF+, BDF, FIF, BrainVision and EEGLAB files to recordings, through MNE."""
 
 import dataclasses
+import os
 import re
 import warnings
 from collections import Counter
@@ -12,6 +13,7 @@ import numpy as np
 
 from data_pipeline.montages import is_ear_reference, is_electrode, normalize_name
 from data_pipeline.readers.edf_header import read_edf_header
+from data_pipeline.readers.matlab5 import check_matlab5, is_matlab73
 from data_pipeline.recording import Annotation, Recording
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ def read_eeglab(path: Path) -> Recording:
     """A continuous EEGLAB .set (with or without .fdt); EEGLAB's unit is the microvolt, its positions are kept."""
     import mne
 
+    if not is_matlab73(path):
+        check_matlab5(path)
     return _from_raw(_through_mne(mne.io.read_raw_eeglab, path), unit="uV (EEGLAB's convention)")
 
 
@@ -91,10 +95,16 @@ def _through_mne(
             raise ValueError(
                 f"epoched: the file holds {trials[1]} separate trials, only continuous recordings can be windowed"
             ) from error
-        first_line = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ValueError(
-            f"damaged, or not what its suffix says: MNE cannot read it ({type(error).__name__}: {first_line})"
-        ) from error
+        raise ValueError(f"damaged, or not what its suffix says: {what_mne_said(error, path)}") from error
+
+
+def what_mne_said(error: Exception, path: Path) -> str:
+    """One clause with the first sentence of an error of MNE; the same wherever the file lies."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    if lines[0].startswith(("Traceback", 'File "')):  # an error that quotes where another one came from
+        lines = lines[-1:]
+    sentence = re.sub(r"\w+Path\(('[^']*')\)", r"\1", lines[0]).replace(f"{path.parent}{os.sep}", "")
+    return f"MNE cannot read it ({type(error).__name__}: {sentence})"
 
 
 def _from_raw(raw: "mne.io.BaseRaw", *, unit: str) -> Recording:

@@ -70,8 +70,8 @@ def read_text(path: Path, *, sfreq: float | None = None) -> Recording:
     rate, notes = (sfreq, (f"rate of {sfreq:g} Hz as given",)) if sfreq else _rate(table, cells, names)
     if rate < _MIN_SFREQ:
         raise ValueError(
-            f"its rows are {1 / rate:.3g} s apart ({rate:.3g} Hz): a log of features or settings, not EEG samples; "
-            "give --text-sfreq if the times are wrong"
+            f"its rows come at {rate:.3g} Hz: a log of features or settings, not EEG samples; give --text-sfreq if the "
+            "times are wrong"
         )
     return Recording(
         signal_uv=signal * np.array(factors)[:, None],
@@ -107,7 +107,12 @@ def _sniff(path: Path) -> _Table:
 
 
 def _split(line: str, delimiter: str) -> list[str]:
-    return line.split() if delimiter == " " else next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
+    if delimiter == " ":
+        return line.split()
+    try:
+        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
+    except csv.Error as error:
+        raise ValueError(f"a damaged table: {error}") from error
 
 
 def _channel_columns(table: _Table) -> list[int]:
@@ -161,7 +166,7 @@ def _name_notes(columns: list[str], names: list[str]) -> list[str]:
 def _rate(table: _Table, cells: list[list[str]], names: list[str]) -> tuple[float, tuple[str, ...]]:
     declared = [re.search(r"Sample Rate\s*=\s*([\d.]+)", line) for line in table.comments]
     for match in declared:
-        if match:
+        if match and _is_number(match[1]):
             return float(match[1]), ()
     for i, column in enumerate(table.columns):
         if _TIME_COLUMN.match(column):

@@ -3,24 +3,16 @@
     python tests/data_pipeline/fuzz_stores.py --count 2500 --seed 0
 
 A case is right when the store is read, or refused with a ValueError of one line that names the file; and the audit
-gives a status. Everything else (another exception, a crash of HDF5's library, more than `_SECONDS` or `_MEGABYTES`) is
-listed and makes the exit status 1. A worker goes through the cases; when it dies or hangs, the next one takes over.
+gives a status. Everything else (another exception, a crash of HDF5's library, more than a minute or 400 MB) is
+listed and makes the exit status 1.
 """
 
-import argparse
-import queue
-import subprocess
 import sys
-import tempfile
-import threading
-import warnings
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
+from fuzzing import main, mutated, run_cases
 
-_SECONDS, _MEGABYTES = 60, 400
-_STARTING = 180
+FINE = ("read", "refused")
 
 
 def sources(folder):
@@ -45,38 +37,6 @@ def sources(folder):
             signal = rng.normal(size=(5, 2, 16))
             writer.add(f"g{i}", signal, montage_of(["C3", "C4"]), **who, labels=np.arange(5) % 2)
     return [path.read_bytes() for path in [*files, folder / "own.h5"]]
-
-
-def mutated(contents, seed, case):
-    """One of the files with one to four changes."""
-    rng = np.random.default_rng((seed, case))
-    content = bytearray(contents[int(rng.integers(len(contents)))])
-    for _ in range(int(rng.integers(1, 5))):
-        at = int(rng.integers(len(content)))
-        kind = rng.integers(8)
-        if kind == 0:
-            content[at] ^= 1 << int(rng.integers(8))
-        elif kind == 1:
-            content[at] = int(rng.integers(256))
-        elif kind == 2:  # a length, address or count of extreme size
-            value = (0, 1, 2**16, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)[rng.integers(8)]
-            at -= at % 8
-            content[at : at + 8] = value.to_bytes(8, "little")[: len(content) - at]
-        elif kind == 3:
-            content[at : at + int(rng.integers(1, 65))] = b""
-        elif kind == 4:
-            content[at:at] = bytes(rng.integers(0, 256, int(rng.integers(1, 65)), dtype=np.uint8))
-        elif kind == 5:  # a piece of the file in another place
-            other, size = int(rng.integers(len(content))), int(rng.integers(8, 129))
-            content[at : at + size] = content[other : other + size]
-        elif kind == 6:
-            size = int(rng.integers(1, 513))
-            content[at : at + size] = bytes([int(rng.choice([0, 255]))]) * min(size, len(content) - at)
-        else:
-            del content[max(at, 1) :]
-        if not content:
-            content = bytearray(b"\0")
-    return bytes(content)
 
 
 def outcome(path):
@@ -106,84 +66,25 @@ def outcome(path):
     return result if status in (0, 1, 2) else f"audit: status {status}"
 
 
-def work(first, count, seed):
-    """Worker: a line before and after each case."""
-    import resource
+def prepare(folder):
+    """The files; one of them is read once, so that what a first use loads is not counted."""
+    contents = sources(folder)
+    (folder / "warm.h5").write_bytes(contents[-1])
+    outcome(folder / "warm.h5")
+    return contents
 
-    warnings.simplefilter("ignore")
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    with tempfile.TemporaryDirectory() as folder:
-        contents = sources(Path(folder))
-        Path(folder, "warm.h5").write_bytes(contents[-1])
-        print("warm", outcome(Path(folder, "warm.h5")), flush=True)
-        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # for the sake of the machine
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for case in range(first, count):
-            print("begin", case, flush=True)
-            path = Path(folder, f"case{case}.h5")
-            path.write_bytes(mutated(contents, seed, case))
-            found = outcome(path)
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-            if grown > _MEGABYTES:
-                found, before = f"took {grown:.0f} MB", before + int(grown * 1024)
-            print("end", case, " ".join(found.split())[:300], flush=True)
-            path.unlink()
+
+def try_case(contents, folder, rng):
+    path = folder / "case.h5"
+    content = contents[int(rng.integers(len(contents)))]
+    path.write_bytes(mutated(content, rng))
+    return outcome(path)
 
 
 def run(count, seed):
     """Go through `count` cases: (how often each outcome came, {case: what is wrong})."""
-    outcomes, wrong, first = Counter(), {}, 0
-    while first < count:
-        command = [sys.executable, __file__, "--worker", str(first), "--count", str(count), "--seed", str(seed)]
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        lines = queue.Queue()
-        reader = threading.Thread(target=lambda w=worker, q=lines: [q.put(line) for line in w.stdout] + [q.put(None)])
-        reader.start()
-        current = None
-        while True:
-            try:
-                line = lines.get(timeout=_SECONDS if current is not None else _STARTING)
-            except queue.Empty:
-                line = "hang"
-                worker.kill()
-            if line is None or line == "hang":
-                break
-            word, number, *rest = line.split(maxsplit=2)
-            if word == "begin":
-                current = int(number)
-            elif word == "end":
-                text = rest[0].strip() if rest else ""
-                outcomes[text if text in ("read", "refused") else "wrong"] += 1
-                if text not in ("read", "refused"):
-                    wrong[int(number)] = text
-                first, current = int(number) + 1, None
-        worker.wait()
-        reader.join()
-        if current is not None:
-            wrong[current] = "hangs" if line == "hang" else f"ends the process with status {worker.returncode}"
-            outcomes["wrong"] += 1
-            first = current + 1
-        elif first < count:
-            raise RuntimeError(f"the worker cannot start (status {worker.returncode})")
-    return outcomes, wrong
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--count", type=int, default=2500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--worker", type=int)
-    options = parser.parse_args()
-    if options.worker is not None:
-        work(options.worker, options.count, options.seed)
-        return 0
-    outcomes, wrong = run(options.count, options.seed)
-    print(", ".join(f"{name}: {number}" for name, number in sorted(outcomes.items())))
-    for case, what in sorted(wrong.items()):
-        print(f"case {case}: {what}")
-    return 1 if wrong else 0
+    return run_cases(__file__, count, seed, FINE)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__file__, __doc__, FINE, prepare, try_case))

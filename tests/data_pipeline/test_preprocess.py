@@ -158,6 +158,24 @@ def test_gaps_are_bridged_remembered_and_do_not_spread():
     np.testing.assert_allclose(found.signal_uv[1], whole.signal_uv[1], atol=1e-4)
 
 
+def test_one_absurd_number_does_not_spoil_the_recording():
+    source = recording()
+    whole, _ = preprocess(source, PreprocessConfig())
+    source.signal_uv[0, 5000] = 1e300
+    source.signal_uv[1, 100] = -np.inf
+    found, _ = preprocess(source, PreprocessConfig())
+    assert found.gaps == ((0.4, 0.404), (20.0, 20.004))
+    np.testing.assert_allclose(found.signal_uv[2], whole.signal_uv[2], atol=1e-4)
+    assert 5 < chain.robust_amplitude(found) < 40
+
+
+@pytest.mark.parametrize("sfreq", [0.94, 3e6])
+def test_rates_that_are_not_of_eeg_are_refused_before_filters_grow_with_them(sfreq):
+    source = recording(signal_uv=np.zeros((3, 1000)), sfreq=sfreq)
+    with pytest.raises(ValueError, match=r"sampling rate of .* Hz is not that of EEG \(20 to 100000 Hz\)"):
+        preprocess(source, PreprocessConfig())
+
+
 @pytest.mark.parametrize("factor", [1e6, 1e-6, 1e3, 1e-3, 1e9])
 def test_wrong_units_are_refused_with_the_factor_that_repairs_them(factor):
     source = recording(scale=20.0 / factor)

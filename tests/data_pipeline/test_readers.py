@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import scipy.io
+import scipy.sparse
 from edfio import Edf, EdfAnnotation, EdfSignal
 
-from data_pipeline.readers import read_recording, why_not_a_recording
+from data_pipeline.readers import companions, read_recording, why_not_a_recording
+from data_pipeline.readers.matlab5 import check_matlab5
 
 RNG = np.random.default_rng(0)
 
@@ -227,3 +230,87 @@ def test_rubbish_with_a_known_suffix_is_one_sentence(tmp_path, suffix, content):
     with pytest.raises(ValueError, match=r"^x\.[a-z]+: (damaged|truncated|not an EDF)") as caught:
         read_recording(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (slice(252, 256), b"-1  ", "number of signals is '-1'"),
+        (slice(252, 256), b"inf ", "number of signals is 'inf', not a number"),
+        (slice(244, 252), b"nan     ", "record duration is 'nan', not a number"),
+        (slice(244, 252), b"0       ", "record of zero length"),
+    ],
+)
+def test_edf_numbers_that_cannot_be_are_refused(tmp_path, field, value, message):
+    content = bytearray(write_edf(tmp_path / "a.edf", signal("C3")).read_bytes())
+    content[field] = value
+    (tmp_path / "a.edf").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_recording(tmp_path / "a.edf")
+
+
+def write_set(path, **changes):
+    """An EEGLAB file of two channels, uncompressed."""
+    about = {"setname": "a", "nbchan": 2.0, "trials": 1.0, "pnts": 500.0, "srate": 250.0, "xmin": 0.0, "xmax": 1.996}
+    names = np.array([("Cz",), ("Pz",)], dtype=[("labels", object)])
+    data = RNG.normal(scale=20, size=(2, 500)).astype(np.float32)
+    about |= {"data": data, "chanlocs": names, "event": [], "icawinv": []}
+    scipy.io.savemat(path, {"EEG": about | changes})
+    return path
+
+
+def test_eeglab_is_read_and_its_damages_are_found_before_they_crash_the_reader(tmp_path):
+    whole = write_set(tmp_path / "a.set").read_bytes()
+    assert read_recording(tmp_path / "a.set").ch_names == ("Cz", "Pz")
+    place = whole.index(b"Cz\0\0")
+    for damaged in (
+        whole[:-100],
+        whole[: place - 60] + bytes(64) + whole[place + 4 :],
+        whole[:144] + b"\0" + whole[145:],
+    ):
+        (tmp_path / "b.set").write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"^b\.set: damaged MATLAB file: .*(cut short|unknown type|without|no matrix)"
+        ):
+            read_recording(tmp_path / "b.set")
+
+
+def test_every_kind_of_matlab_variable_passes_the_check(tmp_path):
+    cells = np.empty((2, 2), dtype=object)
+    cells[:] = [[np.zeros((0, 0)), "text"], [np.arange(3.0) + 1j, scipy.sparse.eye_array(3).tocsc()]]
+    nested = {"a": cells, "b": {"c": np.uint8([[1, 2]]), "d": np.array([[True]])}, "e": np.zeros((2, 3, 4), np.int16)}
+    for compressed in (False, True):
+        scipy.io.savemat(tmp_path / "x.mat", {"s": nested, "t": "", "u": 1.5}, do_compression=compressed)
+        check_matlab5(tmp_path / "x.mat")
+    whole = (tmp_path / "x.mat").read_bytes()
+    (tmp_path / "x.mat").write_bytes(whole[:-3])
+    with pytest.raises(ValueError, match="cut short"):
+        check_matlab5(tmp_path / "x.mat")
+
+
+def test_errors_of_mne_do_not_say_where_the_file_lies(tmp_path):
+    for name, folder in {"a": tmp_path / "one", "b": tmp_path / "two" / "three"}.items():
+        folder.mkdir(parents=True)
+        (folder / "x_raw.fif").write_bytes(b"\0" * 100)
+        with pytest.raises(ValueError, match="damaged") as caught:
+            read_recording(folder / "x_raw.fif")
+        assert str(tmp_path) not in str(caught.value), name
+
+
+def test_text_with_a_rate_or_a_cell_that_cannot_be(tmp_path):
+    rows = "".join(f"{i},1,2\n" for i in range(40))
+    (tmp_path / "a.txt").write_text("%Sample Rate = 0 Hz\nIndex, EXG Channel 0, EXG Channel 1\n" + rows)
+    with pytest.raises(ValueError, match="its rows come at 0 Hz"):
+        read_recording(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("C3,C4\n1,2\n3," + "4" * 200_000 + "\n5,6\n")
+    with pytest.raises(ValueError, match=r"a\.txt: a damaged table"):
+        read_recording(tmp_path / "a.txt", text_sfreq=100)
+
+
+def test_names_in_a_header_that_no_file_can_have_are_no_companions(tmp_path):
+    names = ["a.eeg", "x" * 400, "a\0b", "sub/b.eeg"]
+    (tmp_path / "a.vhdr").write_text("".join(f"DataFile={name}\n" for name in names))
+    (tmp_path / "a.eeg").write_bytes(b"")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.eeg").write_bytes(b"")
+    assert companions(tmp_path / "a.vhdr") == [tmp_path / "a.eeg", tmp_path / "sub" / "b.eeg"]
