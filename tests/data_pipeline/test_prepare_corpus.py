@@ -1,5 +1,6 @@
 """The shared machinery of corpora: same bytes however the run went, interruptions, kills, full disks, clusters."""
 
+import contextlib
 import errno
 import html.parser
 import json
@@ -324,32 +325,44 @@ def test_list_names_every_corpus_with_its_source_and_licence(capsys):
     assert "train 15,686,874 windows" in text
 
 
-@pytest.mark.slow
-def test_a_dask_cluster_that_loses_a_worker_writes_the_same_bytes(tmp_path):
-    distributed = pytest.importorskip("distributed")
+@contextlib.contextmanager
+def dask_workers(*, nanny):
+    """(address of a scheduler, process ids of its two workers, client); with a nanny a lost worker is started again."""
+    distributed = pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
+    with contextlib.ExitStack() as stack:
+        cluster = distributed.LocalCluster(
+            n_workers=2 if nanny else 0, threads_per_worker=1, processes=True, dashboard_address=None
+        )
+        address = stack.enter_context(cluster).scheduler_address
+        if not nanny:
+            options = ["--no-nanny", "--nthreads", "1", "--no-dashboard"]
+            for _ in range(2):
+                command = [sys.executable, "-m", "distributed.cli.dask_worker", address, *options]
+                worker = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+                stack.callback(worker.kill)
+        client = stack.enter_context(distributed.Client(cluster))
+        client.wait_for_workers(2, timeout=120)
+        yield address, list(client.run(os.getpid).values()), client
+
+
+@pytest.mark.parametrize("nanny", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_dask_cluster_that_loses_a_worker_writes_the_same_bytes(tmp_path, nanny):
     raw = small_tree(tmp_path / "raw", 12)
     assert run(raw, tmp_path / "here") == 0
-    cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
-    with cluster, distributed.Client(cluster) as client:
-        pids = list(client.run(os.getpid).values())
+    with dask_workers(nanny=nanny) as (address, pids, client):
+        results = []
 
         def kill_one():
-            while not list((tmp_path / "out").glob(".prepare/results/*/*.npz")):
-                time.sleep(0.005)
+            while not results:
+                time.sleep(0.002)
+                results.extend((tmp_path / "out").glob(".prepare/results/*/*.npz"))
             os.kill(pids[0], signal.SIGKILL)
 
         killer = threading.Thread(target=kill_one)
         killer.start()
-        arguments = [
-            "tuab",
-            "--raw",
-            str(raw),
-            "--out",
-            str(tmp_path / "out"),
-            "--scheduler",
-            cluster.scheduler_address,
-        ]
+        arguments = ["tuab", "--raw", str(raw), "--out", str(tmp_path / "out"), "--scheduler", address]
         assert main(arguments) == 0
         killer.join()
+        assert len(results) < 12  # it was killed mid-way
         assert pids[0] not in client.run(os.getpid).values()
     assert contents(tmp_path / "out") == contents(tmp_path / "here")
