@@ -10,9 +10,24 @@ from data_pipeline.montages import CHANNEL_ORDERS, CHANNEL_VOCABULARY, Montage, 
 
 CHECK_VALUES = {  # metres, head frame, five decimals: printed by the reference environment
     "FP1": (-0.03090, 0.11459, 0.02787),
+    "FP2": (0.02841, 0.11535, 0.02772),
+    "F3": (-0.05181, 0.08669, 0.07871),
+    "F4": (0.05027, 0.08744, 0.07727),
+    "F7": (-0.07188, 0.07310, 0.02579),
+    "F8": (0.07144, 0.07451, 0.02510),
+    "C3": (-0.06715, 0.02336, 0.10451),
+    "C4": (0.06533, 0.02357, 0.10369),
+    "P3": (-0.05504, -0.04421, 0.09991),
+    "P4": (0.05364, -0.04433, 0.10052),
+    "O1": (-0.03157, -0.08057, 0.05479),
+    "O2": (0.02768, -0.08049, 0.05473),
     "T3": (-0.08598, 0.01487, 0.03117),
-    "CZ": (-0.00137, 0.02762, 0.14020),
+    "T4": (0.08326, 0.01526, 0.03097),
+    "T5": (-0.07446, -0.04212, 0.04127),
+    "T6": (0.07103, -0.04226, 0.04120),
+    "A1": (-0.08794, 0.00260, -0.02686),
     "A2": (0.08393, 0.00197, -0.02691),
+    "CZ": (-0.00137, 0.02762, 0.14020),
     "CB1": (-0.04512, -0.07475, 0.05139),
     "CB2": (0.04153, -0.07516, 0.05135),
     "FP1-F7": (-0.05139, 0.09385, 0.02683),
@@ -55,8 +70,9 @@ def test_position_check_values(name):
 
 
 def test_template_frame_of_the_hydrocel_net_is_an_option():
-    found = montages.electrode_positions(["E1", "E128"], frame="template")
-    np.testing.assert_allclose(found, [(0.06266, 0.05977, -0.02791), (-0.06624, 0.04898, -0.04774)], atol=6e-6)
+    found = montages.electrode_positions(["E1", "E55", "E128"], frame="template")
+    expected = [(0.06266, 0.05977, -0.02791), (0.0, -0.02315, 0.09519), (-0.06624, 0.04898, -0.04774)]
+    np.testing.assert_allclose(found, expected, atol=6e-6)
 
 
 def test_disk_order_is_the_known_permutation_of_the_loader_order():

@@ -3,10 +3,12 @@
 import dataclasses
 import re
 
+import mne
 import numpy as np
 import pytest
 
 from data_pipeline import preprocess as chain
+from data_pipeline.corpora import CORPORA
 from data_pipeline.montages import CHANNEL_ORDERS, electrode_positions, named_montage
 from data_pipeline.preprocess import PreprocessConfig, preprocess
 from data_pipeline.recording import Recording
@@ -21,8 +23,6 @@ def recording(names=("FP1", "C3", "OZ"), *, sfreq=250.0, seconds=40.0, scale=20.
 
 @pytest.mark.parametrize("sfreq", [250.0, 200.0, 512.0])
 def test_chain_equals_mne_on_a_raw(sfreq):
-    import mne
-
     source = recording(sfreq=sfreq)
     raw = mne.io.RawArray(
         source.signal_uv.copy(), mne.create_info(list(source.ch_names), sfreq, "eeg"), verbose="ERROR"
@@ -35,6 +35,69 @@ def test_chain_equals_mne_on_a_raw(sfreq):
     assert found.signal_uv.dtype == np.float32
     assert found.n_times == round(source.n_times * 256 / sfreq)
     np.testing.assert_allclose(found.signal_uv, raw.get_data(), rtol=0, atol=1e-6 * np.abs(raw.get_data()).max())
+
+
+TUH = (0.1, 75.0, 60.0, 256.0)
+CHAINS = {  # what the specification says of each corpus: rates of its files, then band, notch and rate of its windows
+    "tueg": ((250.0, 256.0, 400.0, 512.0, 1000.0), *TUH),
+    "tuab": ((250.0, 400.0), *TUH),
+    "tuar": ((250.0, 256.0), *TUH),
+    "tusl": ((250.0, 1000.0), *TUH),
+    "siena": ((512.0,), 0.1, 75.0, 50.0, 256.0),
+    "mumtaz2016": ((256.0,), 0.1, 75.0, 50.0, 256.0),
+    "tdbrain": ((500.0,), 0.1, 75.0, 50.0, 256.0),
+    "eegmat": ((500.0,), 0.1, 75.0, 50.0, 256.0),
+    "bids": ((1000.0,), 0.1, 75.0, 50.0, 256.0),
+    "apava": ((256.0,), 0.1, 75.0, 50.0, 256.0),
+    "modma": ((250.0,), 0.1, 75.0, 50.0, 250.0),
+    "seed-v": ((1000.0, 200.0), 1.0, 75.0, None, 200.0),  # 200: where every fifth sample was taken before
+    "mobi": ((100.0,), None, None, None, 100.0),
+}
+
+
+def by_mne(signal_uv, sfreq, l_freq, h_freq, notch, out):
+    """Filter, notch and resample with the methods of a Raw, at their defaults."""
+    raw = mne.io.RawArray(signal_uv.copy(), mne.create_info(len(signal_uv), sfreq, "eeg"), verbose="ERROR")
+    if l_freq is not None:
+        raw.filter(l_freq, h_freq, verbose="ERROR")
+    if notch is not None:
+        raw.notch_filter(notch, verbose="ERROR")
+    if out != sfreq:
+        raw.resample(out, verbose="ERROR")
+    return raw.get_data()
+
+
+def assert_chain_equals_mne(corpus, signal_uv, sfreq, *settings):
+    """A millionth of the largest value, at the edges too."""
+    config = dataclasses.replace(CORPORA[corpus]().common_chain(), montage="auto")
+    names = CHANNEL_ORDERS["mumtaz-19"][: len(signal_uv)]
+    found, _ = preprocess(Recording(signal_uv=signal_uv, sfreq=sfreq, ch_names=names), config)
+    expected = by_mne(signal_uv, sfreq, *settings)
+    assert found.sfreq == settings[-1]
+    np.testing.assert_allclose(found.signal_uv, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("corpus", "sfreq"), [(name, rate) for name, (rates, *_) in CHAINS.items() for rate in rates])
+def test_the_chain_of_every_corpus_equals_mne_on_noise(corpus, sfreq):
+    signal = 20 * np.random.default_rng(1).normal(size=(3, int(45 * sfreq)))
+    assert_chain_equals_mne(corpus, signal, sfreq, *CHAINS[corpus][1:])
+
+
+@pytest.mark.parametrize("corpus", CHAINS)
+def test_the_chain_of_every_corpus_equals_mne_on_real_eeg(data_dir, corpus):
+    """Rest of 60 s, three electrodes, taken as if it had the rate of the corpus."""
+    raw = mne.io.read_raw_edf(data_dir / "eegmat" / "Subject05_1.edf", preload=True, verbose="ERROR")
+    signal = raw.get_data(picks=["EEG Fp1", "EEG C3", "EEG O2"]) * 1e6
+    assert_chain_equals_mne(corpus, signal, CHAINS[corpus][0][0], *CHAINS[corpus][1:])
+
+
+def test_every_corpus_has_a_chain_here():
+    assert set(CHAINS) == set(CORPORA)
+
+
+def test_a_low_rate_lowers_the_band_and_nothing_else():
+    signal = 20 * np.random.default_rng(2).normal(size=(3, 45 * 150))
+    assert_chain_equals_mne("tueg", signal, 150.0, 0.1, 67.5, 60.0, 256.0)
 
 
 def test_band_is_kept_and_mains_and_drift_are_removed():
@@ -171,7 +234,7 @@ def test_one_absurd_number_does_not_spoil_the_recording():
 
 @pytest.mark.parametrize("sfreq", [0.94, 3e6])
 def test_rates_that_are_not_of_eeg_are_refused_before_filters_grow_with_them(sfreq):
-    source = recording(signal_uv=np.zeros((3, 1000)), sfreq=sfreq)
+    source = recording(signal_uv=np.zeros((3, 1000)), sfreq=sfreq, seconds=0)
     with pytest.raises(ValueError, match=r"sampling rate of .* Hz is not that of EEG \(20 to 100000 Hz\)"):
         preprocess(source, PreprocessConfig())
 
