@@ -1,8 +1,8 @@
 """Every window of stores, recordings or folders through a loaded model -> columns to save or show."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def store_columns(
     Raises: ValueError, one sentence, when a store does not fit the model.
     """
     for store in stores:
-        check_rate(model, store)
+        check_rate(model.metadata["provenance"], store)
     found: dict[str, np.ndarray] = {"window_id": np.arange(sum(map(len, stores)))}
     ids, values = run_batches(model, evaluation_batches(model, stores, batch_size=batch_size), output)
     found[COLUMN[output]] = np.full((len(found["window_id"]), values.shape[1]), np.nan, np.float32)
@@ -70,9 +70,9 @@ def padded_sizes(counts: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({min(size for size in ladder if size >= count) for count in distinct}))
 
 
-def check_rate(model: LoadedModel, store: Store) -> None:
-    """Refuse windows of another sampling rate than the model was trained at."""
-    trained = model.metadata["provenance"].get("sfreq")
+def check_rate(provenance: Mapping[str, Any], store: Store) -> None:
+    """Refuse windows of another sampling rate than the model was trained at, as its provenance says."""
+    trained = provenance.get("sfreq")
     if trained and abs(trained - store.sfreq) > 1e-6:
         raise ValueError(
             f"the model was trained at {trained:g} Hz, {store.path} holds {store.sfreq:g} Hz: prepare it again"

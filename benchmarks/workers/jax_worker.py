@@ -4,8 +4,10 @@ Usage: python -m benchmarks.workers.jax_worker DEVICES, with DEVICES XLA devices
 operation; more: windows are spread over devices, as `compilation.use_cpu_cores` lets the library do).
 """
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.workers.protocol import Prepared, serve
 from benchmarks.workers.sizes import CHANNELS, PATCH, SAMPLES, STATES, WIDTH
+from configs.outputs import evaluation_batches, store_columns
+from data_pipeline.store import WindowStore
+from lumamba_jax import inference
 from lumamba_jax.architectures import SIZES, ModelConfig, abstract_model, build
 from lumamba_jax.compilation import (
     WINDOWS,
@@ -26,6 +31,7 @@ from lumamba_jax.compilation import (
     use_cpu_cores,
 )
 from lumamba_jax.flops import folded_flops, forward_flops, program_flops, transcendentals
+from lumamba_jax.inference import load
 from lumamba_jax.layers import gelu
 from lumamba_jax.lumamba import LuMambaConfig
 from lumamba_jax.normalization import channel_zscore
@@ -86,6 +92,26 @@ def evaluate(request: dict) -> Prepared:
     batch = jax.device_put({"signal": signal, "locations": places}, sharding)
     compiled = jax.jit(run, compiler_options=compiler_options()).lower(params, batch).compile()
     return lambda: compiled(params, batch), _facts(compiled)
+
+
+def store(request: dict) -> Prepared:
+    """Every window of `benchmarks.evaluation`'s store: read, normalised, probabilities, as `eval.py predict` does."""
+    folder = Path(os.environ["BENCHMARK_STORE"])
+    model, windows_of = load(folder / "model"), WindowStore(folder / "windows.h5")
+    before = _programs()
+
+    def call() -> None:
+        columns = store_columns(model, [windows_of], "prediction", batch_size=int(os.environ["BENCHMARK_BATCH"]))
+        np.save(folder / f"jax_{len(jax.devices())}.npy", columns["predictions"])
+
+    call()
+    shapes = evaluation_batches(model, [windows_of]).shapes
+    return call, {"windows": int(request["size"][0]), "programs": _programs() - before, "buckets": len(shapes)}
+
+
+def _programs() -> int:
+    """Programs that evaluation has compiled in this process."""
+    return inference._compiled(inference._classify)._cache_size()  # noqa: SLF001  # pyright: ignore
 
 
 def train(request: dict) -> Prepared:
@@ -276,6 +302,7 @@ def _counted_flops(config: ModelConfig) -> float:
 
 KINDS: dict[str, Callable[[dict], Prepared]] = {
     "evaluate": evaluate,
+    "store": store,
     "train": train,
     "scan": scan,
     "scan_gradient": scan_gradient,

@@ -13,6 +13,7 @@ OpenMP waits as PyTorch leaves it: `OMP_WAIT_POLICY=passive` would make PyTorch 
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch._dynamo
 import torch.nn.functional as F  # noqa: N812  (PyTorch's own convention)
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_lumamba import LuMamba  # pyright: ignore[reportMissingImports]  (tests/parity is on the path)
 from torch_luna import LUNA  # pyright: ignore[reportMissingImports]
@@ -30,6 +32,7 @@ from examples import export_torch_stages
 
 DEVICE = torch.device(os.environ.get("BENCHMARK_DEVICE", "cpu"))
 CHUNK = 8
+STORE_BATCH = 64
 
 
 def plain_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -188,6 +191,35 @@ def evaluate(request: dict) -> Prepared:
     return call, {}
 
 
+def store(request: dict) -> Prepared:
+    """Every window of `benchmarks.evaluation`'s folder: read, normalised, logits; batches of one montage."""
+    folder, variant = Path(os.environ["BENCHMARK_STORE"]), request["variant"]
+    network = make_model("LuMamba tiny", variant, classes=2).eval()
+    network.load_state_dict(load_file(folder / "weights.safetensors"))
+    run = torch.compile(network, dynamic=False) if variant == "compiled" else network
+
+    def call() -> None:
+        parts = [_logits(run, path) for path in sorted(folder.glob("montage_*.npy"))]
+        np.save(folder / f"torch_{variant}.npy", np.concatenate(parts))
+
+    return call, {"windows": int(request["size"][0])}
+
+
+def _logits(run: Any, path: Path) -> np.ndarray:
+    signal = np.load(path, mmap_mode="r")
+    places = torch.from_numpy(np.load(path.with_name(path.name.replace("montage", "places"))))
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(signal), STORE_BATCH):
+            x = torch.from_numpy(np.array(signal[start : start + STORE_BATCH]))
+            count = len(x)
+            if count < STORE_BATCH:  # one shape for each montage, as a compiled program needs it
+                x = torch.cat([x, torch.randn(STORE_BATCH - count, *x.shape[1:])])
+            x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-8)
+            parts.append(run(x, channel_locations=places.expand(len(x), -1, -1))[:count].numpy())
+    return np.concatenate(parts)
+
+
 def train(request: dict) -> Prepared:
     """One AdamW step of fine-tuning."""
     variant, dtype = request["variant"], request["dtype"]
@@ -269,6 +301,7 @@ def wait(result: object) -> None:
 
 KINDS: dict[str, Callable[[dict], Prepared]] = {
     "evaluate": evaluate,
+    "store": store,
     "train": train,
     "scan": scan,
     "scan_gradient": scan_gradient,

@@ -1,0 +1,182 @@
+"""A table of protocols: an encoder that is not trained, and baselines, on folds by subject of a labelled store.
+
+Joins what knows nothing of each other: windows of a store, embeddings of a model, the methods of
+`data_pipeline.protocols`, scores with intervals.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from configs.outputs import store_columns
+from data_pipeline.band_power import common_channels, window_features
+from data_pipeline.leakage import Times
+from data_pipeline.protocols import (
+    Knows,
+    Labelled,
+    Method,
+    baseline_methods,
+    calibration_splits,
+    embedding_methods,
+    few_shot_methods,
+    out_of_fold,
+)
+from data_pipeline.splits import Split, leave_one_subject_out, subject_folds
+from data_pipeline.store import Store
+from lumamba_jax.eegnet import EEGNetClassifier
+from lumamba_jax.inference import LoadedModel
+from lumamba_jax.metrics import Predictions, evaluate
+
+SHOWN = ("balanced_accuracy", "auroc")
+LEVELS = ("window", "subject")
+_FLOOR = 1e-12  # of a probability whose logarithm is taken
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: what it knows of a test subject, its scores by level, or why it has none.
+
+    `scores`: level -> metric -> value and 95 % interval over subjects (`metrics.Estimate` as a mapping).
+    """
+
+    name: str
+    knows: Knows
+    windows: int = 0
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None
+    because: str = ""
+
+
+def labelled(store: Store) -> Labelled:
+    """All windows of a store in memory, at the channels that all its montages have.
+
+    Raises: ValueError without class labels, or without a common channel.
+    """
+    if store.labels is None or store.labels.ndim != 1 or store.labels.dtype.kind not in "iub":
+        raise ValueError(f"{store.path} has no class for each window: prepare it with labels")
+    times = Times.of_samples(np.asarray(store.start_samples), store.n_times, store.sfreq)
+    names = store.class_names or [str(k) for k in range(int(store.labels.max()) + 1)]
+    channels, montage_names = shared_channels(store), np.asarray(store.montage_names)
+    signal = np.empty((len(store), len(channels), store.n_times), np.float32)
+    for name, montage in store.montages.items():
+        rows = np.flatnonzero(montage_names == name)
+        signal[rows] = store.read(rows)[:, [montage.ch_names.index(channel) for channel in channels]]
+    who = (np.asarray(store.subjects), np.asarray(store.recordings))
+    return Labelled(signal, np.asarray(store.labels), *who, times, float(store.sfreq), names)
+
+
+def shared_channels(store: Store) -> list[str]:
+    """Names that every montage of the store has; what baselines use. Embeddings use every channel of a window."""
+    return common_channels([montage.ch_names for montage in store.montages.values()])
+
+
+def folds_of(data: Labelled, folds: int | None, *, seed: int = 0) -> list[Split]:
+    """`folds` folds by subject, or one for each subject."""
+    if folds is None:
+        return leave_one_subject_out(data.subjects, data.labels, seed=seed)
+    return subject_folds(data.subjects, data.labels, folds, seed)
+
+
+def frozen_rows(
+    data: Labelled,
+    store: Store,
+    models: Mapping[str, LoadedModel],
+    folds: Sequence[Split],
+    *,
+    shots: int | None,
+    resamples: int,
+    say: Callable[[str], None],
+    baselines: bool = True,
+) -> list[Row]:
+    """Every method that trains no encoder: baselines, then the probes of each of `models`, then few-shot calibration.
+
+    Args:
+        data, store: the same windows.
+        models: name -> encoder.
+        folds: by subject.
+        shots: windows of each class that few-shot calibration is given of a test subject; None = leave it out.
+        resamples: of the bootstrap over subjects.
+        say: takes a sentence of progress for each method.
+        baselines: band power, tangent space and EEGNet too.
+    """
+    power = window_features(store, np.arange(len(store)), shared_channels(store))
+    methods = baseline_methods(data, power, eegnet) if baselines else []
+    features = {name: store_columns(model, [store], "embedding")["embeddings"] for name, model in models.items()}
+    for name, own in features.items():
+        if not np.isfinite(own).all():
+            raise ValueError(f"{store.path} holds windows that are not finite: audit and repair it first")
+        methods += embedding_methods(data, own, name=name)
+    rows = [_row(data, method, folds, resamples, say) for method in methods]
+    if shots is None:
+        return rows
+    if data.has_subjects_of_one_class:
+        try:
+            calibration_splits(data, shots)
+        except ValueError as error:
+            return [*rows, Row("few-shot calibration", "labelled windows", because=str(error))]
+    splits = calibration_splits(data, shots)
+    few = [("band power", power), *features.items()] if baselines else list(features.items())
+    for name, own in few:
+        rows += [_row(data, method, splits, resamples, say) for method in few_shot_methods(data, own, name=name)]
+    return rows
+
+
+def eegnet(data: Labelled, signal: np.ndarray, split: Split) -> np.ndarray:
+    """Probabilities `(m, K)` of the test windows by an EEGNet trained on the others; validation subjects stop it."""
+    network = EEGNetClassifier(data.num_classes, data.sfreq)
+    network.fit(signal[split.train], data.labels[split.train], (signal[split.val], data.labels[split.val]))
+    return network.predict_proba(signal[split.test]).astype(np.float64)
+
+
+def scores_of(data: Labelled, rows: np.ndarray, probabilities: np.ndarray, resamples: int) -> dict[str, Any]:
+    """Level -> metric -> estimate, of out-of-fold probabilities."""
+    logits = np.log(np.maximum(probabilities, _FLOOR))
+    found = Predictions(logits, data.labels[rows], rows, data.recordings[rows], data.subjects[rows])
+    levels = evaluate(found, "classification", class_names=list(data.class_names), n_resamples=resamples).levels
+    return {
+        level: {name: asdict(levels[level].metrics[name]) for name in SHOWN if name in levels[level].metrics}
+        for level in LEVELS
+        if level in levels
+    }
+
+
+def _row(data: Labelled, method: Method, folds: Sequence[Split], resamples: int, say: Callable[[str], None]) -> Row:
+    if method.fit is None:
+        return Row(method.name, method.knows, because=method.because)
+    started = time.perf_counter()
+    rows, probabilities = out_of_fold(folds, method.fit)
+    scores = scores_of(data, rows, probabilities, resamples)
+    value = scores["window"]["balanced_accuracy"]["value"]
+    say(f"{method.name}: balanced accuracy {value:.3f} ({time.perf_counter() - started:.0f} s)")
+    return Row(method.name, method.knows, len(rows), scores)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table, one block for each kind of knowledge of the test subject."""
+    lines = ["| method | windows | balanced accuracy | AUROC | AUROC of subjects |", "|---|---|---|---|---|"]
+    titles = {
+        "nothing": "knows nothing of the test subject",
+        "unlabelled windows": "uses the test subject's unlabelled windows",
+        "labelled windows": "uses labelled windows of the test subject",
+    }
+    for knows, title in titles.items():
+        own = [row for row in rows if row.knows == knows]
+        lines += [f"| *{title}* | | | | |"] if own else []
+        lines += [_line(row) for row in own]
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    if row.scores is None:
+        return f"| {row.name} | | not used: {row.because} | | |"
+    cells = [_cell(row.scores, "window", name) for name in SHOWN] + [_cell(row.scores, "subject", "auroc")]
+    return f"| {row.name} | {row.windows} | " + " | ".join(cells) + " |"
+
+
+def _cell(scores: Mapping[str, Any], level: str, name: str) -> str:
+    found = scores.get(level, {}).get(name)
+    if found is None or not np.isfinite(found["value"]):
+        return ""
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
