@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import corpus_trees as trees
 import mne
@@ -474,6 +475,49 @@ def test_the_real_tuh_layout(data_dir, tmp_path, capsys):
     assert f"{len(files)} files: {short}" in message
     assert run("siena", data_dir / "tuh_layout" / "siena", tmp_path / "o") == 2
     assert f"2 files: {short}" in capsys.readouterr().err
+
+
+def labels_of_seconds(path, seconds):
+    """What an annotation file says of most of each of the first seconds: 0 nothing, 1 background, 2 seizure."""
+    time, number = (np.arange(256 * seconds) + 0.5) / 256, np.zeros(256 * seconds, int)
+    for line in path.read_text().splitlines():
+        if line.startswith("TERM"):
+            _, start, stop, label, _ = line.split(",")
+            number[(time > float(start)) & (time < float(stop))] = {"bckg": 1, "seiz": 2}[label]
+    return [int(np.bincount(own).argmax()) for own in number.reshape(seconds, 256)]
+
+
+def test_windows_from_the_real_tuh_layout(data_dir, tmp_path, monkeypatch):
+    """The same folders with windows of 1 s: two of each file, in the pairs of its montage folder; real annotations."""
+    if not (data_dir / "tuh_layout").is_dir():
+        pytest.skip("the TUH layout is not beside this repository")
+    raw = data_dir / "tuh_layout" / "tuh"
+    for corpus in (Tueg, Tusl, Siena):
+        monkeypatch.setattr(corpus, "window", 1.0)
+        monkeypatch.setattr(corpus, "stride", 1.0)
+    assert run("tueg", raw, tmp_path / "tueg") == 0
+    files = manifest_of(tmp_path / "tueg")["files"]
+    assert {name: (e["windows"], e["channels"], e["subject"]) for name, e in files.items()} == {
+        path.relative_to(raw).as_posix(): (
+            2,
+            20 if path.parent.name[:2] in ("03", "04") else 22,
+            path.stem.split("_")[0],
+        )
+        for path in raw.rglob("*.edf")
+    }
+    assert run("tusl", raw, tmp_path / "tusl") == 0
+    files = manifest_of(tmp_path / "tusl")["files"]
+    for name, entry in files.items():
+        if Path(name).parent.name.startswith("03"):
+            assert "lacks A1, A2" in entry["reason"]
+        else:
+            (labels,) = entry["labels"].values()
+            assert labels == Counter(str(label) for label in labels_of_seconds((raw / name).with_suffix(".csv_bi"), 2))
+    assert run("siena", data_dir / "tuh_layout" / "siena", tmp_path / "siena") == 0
+    files = manifest_of(tmp_path / "siena")["files"]
+    assert {name: (e["windows"], e["channels"], e["subject"]) for name, e in files.items()} == {
+        f"PN00/PN00-{i}.edf": (2, 29, "PN00") for i in (1, 2)
+    }
 
 
 def test_real_headers_have_the_electrodes(data_dir):

@@ -5,12 +5,14 @@ import errno
 import html.parser
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import corpus_trees as trees
@@ -280,10 +282,15 @@ class Balanced(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.text, self.links = [], "", []
+        self.open, self.cells, self.links, self.figures = [], [], [], []
+
+    @property
+    def text(self):
+        return "".join(self.cells)
 
     def handle_starttag(self, tag, attrs):
         self.links += [value for name, value in attrs if name in ("src", "href")]
+        self.figures += [value for name, value in attrs if name == "aria-label"]
         if tag != "meta":
             self.open.append(tag)
 
@@ -291,7 +298,7 @@ class Balanced(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        self.cells.append(data)
 
 
 def test_the_report_shows_counts_classes_reasons_amplitudes_and_rates(tmp_path):
@@ -306,8 +313,30 @@ def test_the_report_shows_counts_classes_reasons_amplitudes_and_rates(tmp_path):
     text = " ".join(page.text.split())
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     for part, published in (("train", "591,357"), ("validation", "154,938"), ("test", "74,010")):
-        assert f"{part}{manifest['parts'][part]['windows']}{published}-100.0 %" in text
-    assert "no window of # s fits: the file lasts # s" in text
+        own = manifest["parts"][part]
+        windows, recordings, subjects = own["windows"], own["recordings"], len(own["subjects"])
+        assert f"{part}{windows}{published}-100.0 %{recordings}{subjects}" in text
+        normal, abnormal = own["labels"].get("0", 0), own["labels"].get("1", 0)
+        assert f"{part}{normal} {normal / windows:.1%}{abnormal} {abnormal / windows:.1%}" in text
+        per_subject = Counter()
+        for entry in manifest["files"].values():
+            per_subject[entry.get("subject")] += entry.get("parts", {}).get(part, 0)
+        counts = sorted(count for count in per_subject.values() if count)
+        assert f"{part}{subjects}{counts[0]}{int(np.median(counts))}{counts[-1]}" in text
+        assert f"{part}: {subjects} subjects{', '.join(own['subjects'])}" in text
+    assert page.figures == [
+        "share of each class in each part",
+        "recordings by amplitude",
+        "recordings by sampling rate",
+        "recordings by duration",
+    ]
+    bars = [i for i, cell in enumerate(page.cells) if re.fullmatch(r"[\d.,e+]+ to [\d.,e+]+ µV", cell)]
+    assert sum(int(page.cells[i + 1]) for i in bars) == manifest["counts"]["windows"]
+    for name, entry in manifest["files"].items():
+        if "reason" in entry:  # the example of a reason, with the status and the count of its row
+            row = page.cells.index(f"{name}: {entry['reason']}")
+            assert page.cells[row + 1 : row + 3] == [entry["status"], "1"]
+    assert "no window of 5 s fits: the file lasts 4 s" in text
     assert "its subject is in the official evaluation set" in text
     assert "250 Hz10256 Hz1400 Hz1" in text
     assert "1 recordings outside 0.5 to 500 µV" in text
