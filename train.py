@@ -24,6 +24,7 @@ from configs.data import Windows, open_windows, resolve
 from configs.results import SHOWN, baseline_predictions, kind_of, predictions_of, print_table, save_predictions, score
 from configs.run_directory import facts, open_run_directory
 from data_pipeline.loader import Batches
+from lumamba_jax.adapters import abstract_adapted, adapted_layers
 from lumamba_jax.agreement import from_all_processes, gathered_errors, on_first
 from lumamba_jax.checkpoint import (
     BEST_DIRECTORY,
@@ -53,14 +54,16 @@ from lumamba_jax.training import (
     TrainState,
     WarmStart,
     abstract_state,
+    count_parameters,
     evaluate,
     init_state,
-    is_head,
     make_eval_step,
+    make_merge,
     make_train_step,
     mean_metrics,
     non_finite_steps,
     select_pretrained,
+    trained_parameters,
 )
 from lumamba_jax.watchdog import Watchdog
 
@@ -118,22 +121,35 @@ class Run:
             "stage": "pretrain" if config.task.kind == "pretrain" else "finetune",
         }
         self.rate = make_schedule(config.optimizer, **schedule)
-        trainable = is_head if config.trainer.freeze_encoder else None
-        params = abstract_params(config.model)
-        self.optimizer = make_optimizer(config.optimizer, params, **schedule, trainable=trainable)
+        self.adapted = adapted_layers(config.model, config.adapters)
+        freeze = config.trainer.freeze_encoder
+        self.trained = trained_parameters(freeze_encoder=freeze, adapters=config.adapters)
+        self.params = abstract_adapted(config.model, config.adapters)
+        self.optimizer = make_optimizer(config.optimizer, self.params, **schedule, trainable=self.trained)
+        self.plain = make_merge(config.model, config.adapters, self.mesh)
         seed, micro_batch = config.trainer.seed, config.trainer.micro_batch
         blocks_per_device(config.loader.batch_size, micro_batch, self.mesh)  # refuses what does not fit
         self._ask_every, self._failed_saves, self._bad_windows = 1, 0, 0
         self.eval_step = make_eval_step(config.model, self.task, self.mesh, seed=seed, micro_batch=micro_batch)
 
+    def what_is_trained(self) -> str:
+        """One line: how many parameters are trained, of how many."""
+        trained, total = count_parameters(self.params, self.trained)
+        rank = self.config.adapters.rank
+        with_adapters = f", with adapters of rank {rank} on {len(self.adapted)} layers" if self.adapted else ""
+        return f"{trained:,} of {total:,} parameters are trained{with_adapters}"
+
+    def _abstract_state(self) -> TrainState:
+        return abstract_state(self.config.model, self.optimizer, self.mesh, adapters=self.config.adapters)
+
     def start(self, checkpoints: TrainCheckpoints, warm: WarmStart | None) -> tuple[TrainState, Progress]:
         """The state to continue from: the newest checkpoint, or fresh parameters with the warm start's put in."""
         if checkpoints.latest_step is not None:
-            state, progress = checkpoints.restore(abstract_state(self.config.model, self.optimizer, self.mesh))
+            state, progress = checkpoints.restore(self._abstract_state())
             return state, Progress(**progress)
-        loaded = None if warm is None else warm.loaded
+        given = {"adapters": self.config.adapters, "pretrained": None if warm is None else warm.loaded}
         seed = self.config.trainer.seed
-        return init_state(self.config.model, self.optimizer, self.mesh, seed=seed, pretrained=loaded), Progress()
+        return init_state(self.config.model, self.optimizer, self.mesh, seed=seed, **given), Progress()
 
     def train(
         self,
@@ -171,6 +187,7 @@ class Run:
             self.mesh,
             seed=trainer.seed,
             freeze_encoder=trainer.freeze_encoder,
+            adapters=self.config.adapters,
             micro_batch=trainer.micro_batch,
             skip_non_finite=trainer.non_finite == "skip",
         )
@@ -245,10 +262,11 @@ class Run:
         """Windows, model FLOPs and common montage of a batch, for the session's figures."""
         rows, channels, samples = batch["signal"].shape
         frozen = self.config.trainer.freeze_encoder
-        flops = rows * step_flops(self.config.task, self.config.model, channels, samples, frozen_encoder=frozen)
+        shape = channels, samples
+        flops = step_flops(self.config.task, self.config.model, *shape, frozen_encoder=frozen, adapted=self.adapted)
         one_montage = self.config.loader.grouping == "montage" and self.windows.has_several_montages
         group = self.windows.montage_names_of(host_batch["window_id"][:1])[0] if one_montage else ""
-        return {"windows": rows, "flops": flops, "group": str(group)}
+        return {"windows": rows, "flops": rows * flops, "group": str(group)}
 
     def _record(self, session: Session, progress: Progress, step: int) -> None:
         """Fetch the metrics since the last time, act on steps that are not finite, and log means over steps."""
@@ -309,7 +327,7 @@ class Run:
             raise FloatingPointError(
                 f"the loss of step {bad_step} is not finite, and there is no checkpoint to go back to yet"
             )
-        state, saved = checkpoints.restore(abstract_state(self.config.model, self.optimizer, self.mesh))
+        state, saved = checkpoints.restore(self._abstract_state())
         back = dataclasses.replace(
             Progress(**saved),
             rollbacks=progress.rollbacks + 1,
@@ -322,13 +340,14 @@ class Run:
         self, session: Session, programs: "_Programs", state: TrainState, progress: Progress, step: int
     ) -> None:
         batches = self.evaluation_batches["validation"]
-        evaluation = evaluate(programs.validation, state.params, session.each(batches), self.mesh)
+        params = self.plain(state.params)
+        evaluation = evaluate(programs.validation, params, session.each(batches), self.mesh)
         self._report_bad_windows(session, step)
         metrics = self.task.summarize(evaluation.outputs, evaluation.label)
         session.log.write(step, "validation", metrics | self._losses_by_montage(evaluation))
         best = progress.update(metrics["loss"], step)
         if best:
-            save_pretrained(self.directory / BEST_DIRECTORY, self.config.model, state.params, self._provenance(step))
+            save_pretrained(self.directory / BEST_DIRECTORY, self.config.model, params, self._provenance(step))
         shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
         session.log.say(f"step {step}/{self.total_steps}  validation {shown}{'  (best)' if best else ''}")
         session.alive()
@@ -372,6 +391,7 @@ class Run:
             "n_times": store.n_times,
             "split": self.windows.split.digest,
             "initialized_from": self.config.trainer.init_from or None,
+            **({"adapters": configs.to_mapping(self.config.adapters)} if self.adapted else {}),
             **self._licence_of_origin(),
         }
 
@@ -447,6 +467,8 @@ def _train_and_score(this: Run, warm: WarmStart | None, found: Mapping[str, str]
             if first:
                 for note in open_run_directory(config, windows, found):
                     print(f"train.py: {note}", file=sys.stderr)
+        if is_first():
+            print(this.what_is_trained())
         retention = {"keep": trainer.keep_checkpoints, "keep_every": trainer.keep_every}
         with TrainCheckpoints(this.directory / "checkpoints", **retention) as checkpoints:
             finished, ending = this.train(checkpoints, lock, watchdog, *this.start(checkpoints, warm))

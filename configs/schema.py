@@ -18,6 +18,7 @@ import yaml
 
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.old_files import OldFiles
+from lumamba_jax.adapters import AdapterConfig
 from lumamba_jax.architectures import ARCHITECTURES, ModelConfig
 from lumamba_jax.femba import FembaConfig
 from lumamba_jax.hosts import HostsConfig
@@ -120,7 +121,7 @@ class TrainerConfig:
         stop_after: end this session after so many steps, saved and ready to be resumed; None = at the end.
         init_from: exported model (converted, or `best` of a run, or the run itself) whose encoder is loaded.
         resume: continue the run in `run_dir` where it stopped (or start it, when it never was).
-        freeze_encoder: train the head only.
+        freeze_encoder: train the head only (and the adapters, if any, which leave the encoder as it is in any case).
         baseline: print band power + logistic regression on the same split beside every fine-tuning result.
     """
 
@@ -170,6 +171,7 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
@@ -185,6 +187,8 @@ class ExperimentConfig:
         check_objective(self.task, self.model)
         if isinstance(self.model, FembaConfig) and self.loader.channel_dropout:
             raise ValueError("FEMBA's fixed grid cannot hide channels: set loader.channel_dropout to 0")
+        if self.adapters.rank and not supervised:
+            raise ValueError("adapters fine-tune a pre-trained encoder: set adapters.rank to 0 for task 'pretrain'")
         if self.data.permute_labels and not supervised:
             raise ValueError("data.permute_labels is a control of supervised training: pre-training has no labels")
 

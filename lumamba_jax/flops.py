@@ -68,6 +68,13 @@ def forward_flops(config: ModelConfig, num_channels: int, num_samples: int) -> d
     }
 
 
+def stage_of(path: str) -> str:
+    """The stage of `forward_flops` that a parameter belongs to."""
+    tokens = dict.fromkeys(("tokenizer", "patch_embed", "pos_embed"), "tokens")
+    stages = tokens | {"unifier": "channel unification", "head": "head"}
+    return stages.get(path.split("/", 1)[0], "temporal encoder")
+
+
 def folded_flops(config: ModelConfig, num_channels: int, num_samples: int) -> dict[str, int]:
     """`forward_flops` with constant queries folded into keys and values: what inference has to multiply at least.
 

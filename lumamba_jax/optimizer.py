@@ -244,13 +244,16 @@ def parameter_path(key_path: tuple[Any, ...]) -> str:
 
 
 def layer_of_path(path: str) -> int | None:
-    """Return the layer of a parameter: i for `blocks/i/...`, None for what follows them, `FRONT_END` for the rest."""
+    """Return the layer of a parameter: i for `blocks/i/...`, None for what follows them, `FRONT_END` for the rest.
+
+    Adapters are new like the head: None, the full rate.
+    """
     parts = path.split("/")
     if parts[0] == "encoder":
         parts = parts[1:]
     if parts[0] == "blocks":
         return int(parts[1])
-    return None if parts[0] in ("head", "norm") else FRONT_END
+    return None if parts[0] in ("head", "norm", "adapters") else FRONT_END
 
 
 def decays(path: str, leaf: Array) -> bool:

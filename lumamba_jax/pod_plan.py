@@ -16,9 +16,10 @@ The estimate of the step, all parts of it printed (`Estimate`):
     send     = sum over collectives of bytes sent / bandwidth of the chip's links, plus hops x latency
     step     = max(compute, memory, program) + send            (sending overlaps with nothing: the pessimist's sum)
 
-FLOPs are those of the model (`flops.forward_flops`), times 3 for forward and backward, because XLA counts what is
-inside kernels and loops only partly. Weak scaling is given against max(compute, memory), the shortest step there could
-be, and against the expected one: whatever makes a step longer makes sending a smaller part of it.
+FLOPs are those of the model (`flops.forward_flops`), times 3 for forward and backward (less where the encoder is
+frozen: `tasks.step_flops`), because XLA counts what is inside kernels and loops only partly. Weak scaling is given
+against max(compute, memory), the shortest step there could be, and against the expected one: whatever makes a step
+longer makes sending a smaller part of it.
 """
 
 import argparse
@@ -43,14 +44,14 @@ import configs
 from configs import ExperimentConfig
 from lumamba_jax import hlo_costs
 from lumamba_jax.accelerators import GIB, Topology, parse_topology
-from lumamba_jax.checkpoint import abstract_params
+from lumamba_jax.adapters import abstract_adapted, adapted_layers
 from lumamba_jax.hlo_costs import Collective
 from lumamba_jax.micro_batches import blocks_per_device
 from lumamba_jax.optimizer import make_optimizer
 from lumamba_jax.run_log import write_json
 from lumamba_jax.sharding import batch_sharding, make_mesh
-from lumamba_jax.tasks import make_task, passes_flops, step_flops
-from lumamba_jax.training import abstract_state, is_head, make_train_step
+from lumamba_jax.tasks import make_task, merging_flops, passes_flops, step_flops
+from lumamba_jax.training import abstract_state, make_train_step, trained_parameters
 
 HOURS = 21_787.0
 """Of unlabelled EEG in the published pre-training corpus (arXiv 2603.19100)."""
@@ -151,10 +152,12 @@ def compile_step(config: ExperimentConfig, topology: Topology, window: Window) -
         mesh,
         seed=config.trainer.seed,
         freeze_encoder=config.trainer.freeze_encoder,
+        adapters=config.adapters,
         micro_batch=micro_batch,
         skip_non_finite=config.trainer.non_finite == "skip",
     )
-    state, batch = abstract_state(config.model, optimizer, mesh), _abstract_batch(config, window, mesh)
+    state = abstract_state(config.model, optimizer, mesh, adapters=config.adapters)
+    batch = _abstract_batch(config, window, mesh)
     started = time.perf_counter()
     try:
         compiled: Any = step.lower(state, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
@@ -216,11 +219,11 @@ def _optimizer(config: ExperimentConfig, window: Window) -> Any:
     total = config.trainer.steps or config.trainer.epochs * steps
     return make_optimizer(
         config.optimizer,
-        abstract_params(config.model),
+        abstract_adapted(config.model, config.adapters),
         total_steps=-(-total // config.optimizer.accumulation),
         max_epochs=-(-total // steps),
         stage="pretrain" if config.task.kind == "pretrain" else "finetune",
-        trainable=is_head if config.trainer.freeze_encoder else None,
+        trainable=trained_parameters(freeze_encoder=config.trainer.freeze_encoder, adapters=config.adapters),
     )
 
 
@@ -249,15 +252,20 @@ def _abstract_batch(config: ExperimentConfig, window: Window, mesh: jax.sharding
 
 def model_flops(config: ExperimentConfig, window: Window) -> float:
     """Of one window in one training step (`tasks.step_flops`)."""
-    return step_flops(config.task, config.model, *window)
+    adapted = adapted_layers(config.model, config.adapters)
+    frozen = config.trainer.freeze_encoder
+    return step_flops(config.task, config.model, *window, frozen_encoder=frozen, adapted=adapted)
 
 
 def executed_flops(config: ExperimentConfig, window: Window, chips: int) -> float:
-    """Those of `model_flops`, and the views once more where windows go block by block (`micro_batches`)."""
+    """Those of `model_flops`, the views once more where windows go block by block (`micro_batches`), and at most
+    what it costs to merge adapters."""
+    adapted = adapted_layers(config.model, config.adapters)
+    merging = merging_flops(config.model, *window, adapted) if adapted else 0.0
     views = passes_flops(config.task, config.model, *window)[1]
     own = config.loader.batch_size // chips
     in_blocks = config.trainer.micro_batch not in (None, own)
-    return model_flops(config, window) + in_blocks * views
+    return model_flops(config, window) + in_blocks * views + merging
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ alone.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lumamba_jax import losses, masking, metrics, normalization, representation
 from lumamba_jax.architectures import Model, ModelConfig
 from lumamba_jax.femba import FembaConfig
-from lumamba_jax.flops import forward_flops
+from lumamba_jax.flops import forward_flops, stage_of
 from lumamba_jax.heads import ModelOutput
 
 Batch = Mapping[str, Array]
@@ -189,16 +189,40 @@ def passes_flops(config: TaskConfig, model: ModelConfig, num_channels: int, num_
 
 
 def step_flops(
-    config: TaskConfig, model: ModelConfig, num_channels: int, num_samples: int, *, frozen_encoder: bool = False
+    config: TaskConfig,
+    model: ModelConfig,
+    num_channels: int,
+    num_samples: int,
+    *,
+    frozen_encoder: bool = False,
+    adapted: Collection[str] = (),
 ) -> float:
     """Model FLOPs of one window in one training step: three times those of its forward passes, views included.
 
-    A frozen encoder has no backward pass: it counts once. Padding of a bucket counts like signal.
+    A frozen encoder has no backward pass: it counts once. With adapters of the layers `adapted` it has one through its
+    activations, from the first adapted stage on, which counts twice; the products with A and B, and what merging costs
+    (`merging_flops`), do not count. Padding of a bucket counts like signal.
     """
-    if frozen_encoder:
+    if frozen_encoder or adapted:
         stages = forward_flops(model, num_channels, num_samples)
-        return float(sum(stages.values()) + 2 * stages["head"])
+        return float(sum(stages.values()) + sum(_pulled_back(stages, adapted).values()) + stages["head"])
     return 3.0 * sum(passes_flops(config, model, num_channels, num_samples))
+
+
+def merging_flops(model: ModelConfig, num_channels: int, num_samples: int, adapted: Collection[str]) -> float:
+    """What a step executes beyond `step_flops` because adapters are merged, per window and at most.
+
+    The gradients of A and B come from that of their merged kernel: as much as one more pass where there are adapters.
+    """
+    pulled_back = _pulled_back(forward_flops(model, num_channels, num_samples), adapted)
+    return float(sum(flops for stage, flops in pulled_back.items() if stage != "head"))
+
+
+def _pulled_back(stages: Mapping[str, int], adapted: Collection[str]) -> dict[str, int]:
+    """The stages, in the order of computation, from the first one with something to train on; the head is the last."""
+    names = list(stages)
+    first = min(names.index(stage_of(path)) for path in ("head", *adapted))
+    return {name: stages[name] for name in names[first:]}
 
 
 def normalize(batch: Batch, how: Normalization) -> Float[Array, "B C T"]:

@@ -21,11 +21,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
+from lumamba_jax.adapters import NO_ADAPTERS, AdapterConfig, abstract_adapted, is_adapter, merged, with_adapters
 from lumamba_jax.architectures import Model, ModelConfig, abstract_model, build
 from lumamba_jax.checkpoint import abstract_params, named_leaves
 from lumamba_jax.compilation import compiler_options
 from lumamba_jax.masking import STREAMS, stream_key
 from lumamba_jax.micro_batches import blocks_per_device, evaluation, value_and_gradient
+from lumamba_jax.optimizer import CONSTANTS
 from lumamba_jax.representation import MOST_EMBEDDINGS
 from lumamba_jax.sharding import batch_sharding, replicated, state_shardings, to_global
 from lumamba_jax.tasks import EMBEDDING, Task
@@ -35,7 +37,10 @@ WINDOW_FINITE = "window_finite"
 
 
 class TrainState(NamedTuple):
-    """What changes from step to step. `step` is the number of optimizer steps done, and the next batch's index."""
+    """What changes from step to step. `step` is the number of optimizer steps done, and the next batch's index.
+
+    `params` are those of the model, and of its adapters if any (`adapters.with_adapters`): a resume needs nothing else.
+    """
 
     step: Int[Array, ""]
     params: nnx.State
@@ -52,9 +57,15 @@ def graph_definition(config: ModelConfig) -> nnx.GraphDef:
     return abstract_model(config)[0]
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    adapters: AdapterConfig = NO_ADAPTERS,
+) -> TrainState:
     """Shapes, dtypes and shardings of the train state: what a resume restores into."""
-    params = abstract_params(config)
+    params = abstract_adapted(config, adapters)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     shapes = TrainState(step, params, jax.eval_shape(optimizer.init, params))
     return jax.tree.map(
@@ -70,6 +81,7 @@ def init_state(
     mesh: Mesh,
     *,
     seed: int,
+    adapters: AdapterConfig = NO_ADAPTERS,
     pretrained: Mapping[str, np.ndarray] | None = None,
 ) -> TrainState:
     """Fresh parameters and optimizer state, created sharded.
@@ -79,22 +91,24 @@ def init_state(
         optimizer: from `optimizer.make_optimizer`.
         mesh: from `sharding.make_mesh`.
         seed: of the initialisation.
+        adapters: beside the encoder, if any.
         pretrained: values that replace the fresh ones, by parameter path (`select_pretrained`).
     """
-    return _init_program(config, optimizer, mesh, seed)(dict(pretrained or {}))
+    return _init_program(config, optimizer, mesh, seed, adapters)(dict(pretrained or {}))
 
 
 @functools.lru_cache(maxsize=4)  # compiling it takes longer than a short run
 def _init_program(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, adapters: AdapterConfig
 ) -> Callable[[dict[str, np.ndarray]], TrainState]:
     def init(replacements: Mapping[str, Array]) -> TrainState:
         params = nnx.split(build(config, seed=seed))[1]
         leaves = {**named_leaves(params), **replacements}
         params = jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
+        params = with_adapters(params, config, adapters, seed=seed)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh, adapters=adapters))
     return jax.jit(init, out_shardings=shardings)
 
 
@@ -127,6 +141,20 @@ def is_head(name: str) -> bool:
     return name.split("/", 1)[0] == "head"
 
 
+def trained_parameters(*, freeze_encoder: bool, adapters: AdapterConfig) -> Callable[[str], bool] | None:
+    """Which parameters are trained, by path; None = all. Adapters keep the encoder's own as they are in any case."""
+    if adapters.rank:
+        return lambda name: is_head(name) or is_adapter(name)
+    return is_head if freeze_encoder else None
+
+
+def count_parameters(params: Any, trains: Callable[[str], bool] | None) -> tuple[int, int]:
+    """(trained, all) of a tree of parameters, or of their shapes; constants among them are not trained."""
+    sizes = {name: math.prod(leaf.shape) for name, leaf in named_leaves(params).items()}
+    trained = {k: v for k, v in sizes.items() if not k.endswith(CONSTANTS) and (trains is None or trains(k))}
+    return sum(trained.values()), sum(sizes.values())
+
+
 def make_train_step(
     config: ModelConfig,
     task: Task,
@@ -135,6 +163,7 @@ def make_train_step(
     *,
     seed: int,
     freeze_encoder: bool = False,
+    adapters: AdapterConfig = NO_ADAPTERS,
     micro_batch: int | None = None,
     skip_non_finite: bool = False,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
@@ -144,24 +173,29 @@ def make_train_step(
     `WINDOW_FINITE (B,)`, False for the windows whose own terms of the loss are not finite. With `skip_non_finite` such
     a step counts, but leaves parameters and optimizer as they were.
 
-    A frozen encoder is excluded from the backward pass here and from the update by the optimizer's own mask. Each
-    device works through its windows `micro_batch` at a time, None as `micro_batches.blocks_per_device` says; that
-    changes nothing but the draws of dropout, and rounding.
+    The gradient is taken in the trained parameters alone (`trained_parameters`, which the optimizer must have been made
+    with); the others are passed on as they are. Adapters are merged within each block of windows, so that the gradient
+    of a merged kernel lives no longer than the block, and only those of A and B are summed and sent. Each device works
+    through its windows `micro_batch` at a time, None as `micro_batches.blocks_per_device` says; that changes nothing
+    but the draws of dropout, and rounding.
     """
     graphdef = graph_definition(config)
-
-    def model_of(params: nnx.State) -> Model:
-        if freeze_encoder:
-            leaves = [v if is_head(k) else jax.lax.stop_gradient(v) for k, v in named_leaves(params).items()]
-            params = jax.tree.unflatten(jax.tree.structure(params), leaves)
-        return nnx.merge(graphdef, params)
+    trains = trained_parameters(freeze_encoder=freeze_encoder, adapters=adapters)
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         keys = step_keys(seed, state.step)
         blocks = blocks_per_device(batch["signal"].shape[0], micro_batch, mesh)
-        found = value_and_gradient(task, model_of, state.params, batch, keys, blocks=blocks, mesh=mesh)
-        updates, opt_state = optimizer.update(found.gradient, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
+        trained, fixed = _trained_and_fixed(state.params, trains)
+
+        def model_of(trained: nnx.State) -> Model:
+            return nnx.merge(graphdef, merged(nnx.merge_state(trained, fixed), adapters))
+
+        found = value_and_gradient(task, model_of, trained, batch, keys, blocks=blocks, mesh=mesh)
+        gradient = nnx.merge_state(found.gradient, jax.tree.map(jnp.zeros_like, fixed))  # whose zeros nothing reads
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updates = _trained_and_fixed(updates, trains)[0]
+        moved: Any = optax.apply_updates(trained, updates)
+        params = nnx.merge_state(moved, fixed)
         norms = {"grad_norm": optax.global_norm(found.gradient), "update_norm": optax.global_norm(updates)}
         finite = jnp.isfinite(found.loss) & jnp.isfinite(norms["grad_norm"])
         if skip_non_finite:
@@ -170,7 +204,7 @@ def make_train_step(
         metrics = {"loss": found.loss, **norms, "finite": finite, WINDOW_FINITE: found.finite, **found.metrics}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh, adapters=adapters))
     return jax.jit(
         train_step,
         in_shardings=(shardings, batch_sharding(mesh)),
@@ -178,6 +212,22 @@ def make_train_step(
         donate_argnums=0,
         compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
+
+
+def _trained_and_fixed(params: Any, trains: Callable[[str], bool] | None) -> tuple[nnx.State, nnx.State]:
+    """The two parts of a tree of parameters; `nnx.merge_state` joins them."""
+    if trains is None:
+        return params, nnx.State({})
+    trained, fixed = nnx.split_state(params, lambda path, _: trains("/".join(map(str, path))), ...)
+    return trained, fixed
+
+
+def make_merge(config: ModelConfig, adapters: AdapterConfig, mesh: Mesh) -> Callable[[nnx.State], nnx.State]:
+    """`params` of a train state -> parameters of the plain model (`adapters.merged`), to be evaluated and exported."""
+    if not adapters.rank:
+        return lambda params: params
+    shardings = state_shardings(abstract_params(config), mesh)
+    return jax.jit(functools.partial(merged, config=adapters), out_shardings=shardings)
 
 
 def make_eval_step(

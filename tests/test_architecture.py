@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"scan", "scan_pallas", "layers", "mamba", "attention", "tokens", "channel_unifier", "heads"}
 MODEL = PARTS | {"long_windows", "montage_model", "lumamba", "luna", "femba", "architectures"}
 MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
+    "adapters": {"architectures", "manifest"},
     "agreement": set(),
     "hosts": set(),
     "manifest": {"agreement"},
@@ -32,6 +33,7 @@ MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
     "normalization": {"masking"},
     "pod_plan": {
         "accelerators",
+        "adapters",
         "checkpoint",
         "flops",
         "hlo_costs",
