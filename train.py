@@ -23,6 +23,7 @@ from configs import ExperimentConfig
 from configs.data import Windows, open_windows, resolve
 from configs.results import SHOWN, baseline_predictions, kind_of, predictions_of, print_table, save_predictions, score
 from configs.run_directory import facts, open_run_directory
+from configs.task_sheet import deviations, find_task
 from data_pipeline.loader import Batches
 from lumamba_jax.adapters import abstract_adapted, adapted_layers
 from lumamba_jax.agreement import from_all_processes, gathered_errors, on_first
@@ -389,6 +390,7 @@ class Run:
             "class_names": self.windows.class_names,
             "sfreq": store.sfreq,
             "n_times": store.n_times,
+            "evaluation_task": self.config.data.evaluation_task or None,
             "split": self.windows.split.digest,
             "initialized_from": self.config.trainer.init_from or None,
             **({"adapters": configs.to_mapping(self.config.adapters)} if self.adapted else {}),
@@ -447,6 +449,7 @@ def run(config: ExperimentConfig) -> bool:
     with gathered_errors("opening the data"):
         windows = open_windows(config.data, labelled=config.task.kind != "pretrain")
         config = resolve(config, windows)
+        _say_deviations(config, windows)
         found = facts(config, windows)
     require_agreement(found)
     with gathered_errors("building the run"):
@@ -458,6 +461,13 @@ def run(config: ExperimentConfig) -> bool:
         raise
     except OSError as error:
         raise _NotReadyError(str(error)) from error
+
+
+def _say_deviations(config: ExperimentConfig, windows: Windows) -> None:
+    """What the windows are other than the task sheet says. Raises ValueError for the labels of another task."""
+    if config.data.evaluation_task:
+        for note in deviations(find_task(config.data.evaluation_task), windows.stores):
+            print(f"train.py: {note}: scores will not compare with published ones", file=sys.stderr)
 
 
 def _train_and_score(this: Run, warm: WarmStart | None, found: Mapping[str, str]) -> bool:

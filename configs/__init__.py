@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from configs.schema import DataConfig, ExperimentConfig, TrainerConfig, from_mapping, read_yaml, to_mapping, write_yaml
+from configs.task_presets import load_task_preset, pattern, task_preset_names
 
 __all__ = [
     "DataConfig",
@@ -23,7 +24,7 @@ __all__ = [
 
 
 def preset_names() -> list[str]:
-    """The names of the presets in this package."""
+    """The names of the presets that are files of this package; `task_presets` has those of the task sheet."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
 
 
@@ -32,10 +33,12 @@ def load(name: str) -> ExperimentConfig:
     path = Path(__file__).parent / f"{name}.yaml"
     if name in preset_names():
         return read_yaml(path)
+    if name in task_preset_names():
+        return load_task_preset(name)
     if Path(name).is_file():
         return read_yaml(Path(name))
-    close = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}?" if close else f"presets: {', '.join(preset_names())}"
+    close = difflib.get_close_matches(name, [*preset_names(), *task_preset_names()], n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}?" if close else f"presets: {', '.join(preset_names())}, or TASK_MODEL"
     raise ValueError(f"{name!r} is neither a preset nor a file: {hint}")
 
 
@@ -48,7 +51,8 @@ def cli(arguments: Sequence[str], program: str) -> ExperimentConfig:
     if not arguments or arguments[0].startswith("-"):
         wants_help = bool({"-h", "--help"} & set(arguments))
         print(f"usage: {program} PRESET [--section.field value ...]")
-        print(f"presets: {', '.join(preset_names())}, or a YAML file")
+        print(f"presets: {', '.join(preset_names())}, a YAML file, or a task of the task sheet:")
+        print(pattern())
         print(f"every field with its default: {program} PRESET --help")
         sys.exit(0 if wants_help else 2)
     preset = load(arguments[0])

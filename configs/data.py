@@ -59,7 +59,7 @@ class Windows:
     def num_outputs(self) -> int:
         """Classes, or regression targets, of the labels."""
         assert self.labels is not None, "asked for in open_windows"
-        if self.labels.ndim == 2:
+        if self.labels.dtype.kind == "f":
             return self.labels.shape[1]
         return len(self.class_names) if self.class_names else int(self.labels.max()) + 1
 
@@ -109,9 +109,9 @@ class Windows:
         return [(store, own) for store, own in zip(self.stores, rows, strict=True) if len(own)]
 
     def class_weights(self) -> np.ndarray:
-        """Weights `(K,)` float32 inverse to the class frequencies of the training windows, mean 1 over windows."""
+        """Weights `(K,)` float32 inverse to the class frequencies of the training windows, mean 1 over decisions."""
         assert self.labels is not None
-        counts = np.bincount(self.labels[self.parts["train"]], minlength=self.num_outputs)
+        counts = np.bincount(self.labels[self.parts["train"]].reshape(-1), minlength=self.num_outputs)
         if not counts.all():
             raise ValueError(f"class {int(np.argmin(counts))} has no training window: it cannot be weighted")
         return (counts.sum() / (len(counts) * counts)).astype(np.float32)

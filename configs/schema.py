@@ -53,6 +53,8 @@ class DataConfig:
         compare_windows: refuse equal windows in two parts. "stored" = by the hashes that stores hold; "all" = read
             the windows of stores without hashes too; "none" = do not.
         old_files: how HDF5 files of the reference pipeline are read, which do not describe themselves.
+        evaluation_task: name in the task sheet (`python -m configs.task_sheet`): the stores must hold its classes, and
+            `eval.py metrics` sets the published numbers beside ours.
         permute_labels: sanity control: shuffle the labels of the training and validation windows (subjects, windows
             and counts stay). A model trained so must be at chance on the untouched test labels.
     """
@@ -72,6 +74,7 @@ class DataConfig:
     split_unit: Literal["subject", "recording", "time"] = "subject"
     compare_windows: Literal["stored", "all", "none"] = "stored"
     old_files: OldFiles = field(default_factory=OldFiles)
+    evaluation_task: str = ""
     permute_labels: bool = False
 
     def __post_init__(self):

@@ -686,7 +686,7 @@ def format_table(report: Report) -> str:
     for name in names:
         cells = [of_level.metrics.get(name) for of_level in report.levels.values()]
         rows.append([name, *(_cell(cell) for cell in cells)])
-    lines = [*_align(rows)]
+    lines = [*align(rows)]
     if report.n_resamples:
         dropped = ", ".join(f"{level} {of_level.dropped_resamples}" for level, of_level in report.levels.items())
         lines += [
@@ -699,7 +699,7 @@ def format_table(report: Report) -> str:
             matrix = [[f"{level}: true \\ decided", *report.class_names]]
             counts = of_level.confusion.tolist()
             matrix += [[name, *map(str, row)] for name, row in zip(report.class_names, counts, strict=True)]
-            lines += ["", *_align(matrix)]
+            lines += ["", *align(matrix)]
     notes = report.notes + [f"{level}: {note}" for level, of_level in report.levels.items() for note in of_level.notes]
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
@@ -711,6 +711,7 @@ def _cell(estimate: Estimate | None) -> str:
     return text if np.isnan(estimate.low) else f"{text} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
-def _align(rows: list[list[str]]) -> list[str]:
+def align(rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose cells are padded to the widest of their column."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -84,6 +84,32 @@ class Estimates:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Text in rows and columns; the first column names the rows, numbers are the caller's to format."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often decisions of a given probability are right: rows of `metrics.LevelReport.reliability`, and the expected
+    calibration error, of each model by name."""
+
+    bins: Mapping[str, Sequence[Mapping[str, float]]]
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SubjectScores:
+    """One score of every subject by name, of each model by name; NaN where it is not defined."""
+
+    metric: str
+    scores: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
 class EmbeddingMaps:
     """Embeddings `(n, M)` of the same windows at several moments, by name.
 
@@ -113,7 +139,8 @@ class RunReport:
         scores: model -> score -> value and interval; ours first, then baselines.
         scores_note: what the scores were computed on.
         losses: one figure each.
-        reconstruction, attention, outcome, embeddings: see their classes.
+        reconstruction, attention, outcome, reliability, subjects, embeddings: see their classes.
+        tables: title -> table, each a section of its own.
     """
 
     title: str
@@ -125,7 +152,10 @@ class RunReport:
     reconstruction: Reconstruction | None = None
     attention: Sequence[AttentionMap] = ()
     outcome: Decisions | Estimates | None = None
+    reliability: Reliability | None = None
+    subjects: SubjectScores | None = None
     embeddings: EmbeddingMaps | None = None
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
 
 def write_report(report: RunReport, path: str | Path) -> Path:
@@ -140,14 +170,19 @@ def write_report(report: RunReport, path: str | Path) -> Path:
         sections = [
             ("Summary", _summary(report)),
             ("Scores", _scores(report.scores, report.scores_note)),
+            *((title, _text_table(table)) for title, table in report.tables.items()),
             ("Decisions on the test windows", _outcome(report.outcome)),
+            ("Calibration", _reliability(report.reliability)),
+            ("Subjects", _subjects(report.subjects)),
             ("Training", _training(report.losses)),
             ("Masked reconstruction", _reconstruction(report.reconstruction)),
             ("Where the queries look", _attention(report.attention)),
             ("Embeddings", _embeddings(report.embeddings)),
         ]
     body = "".join(
-        f'<section id="{_anchor(title)}"><h2>{title}</h2>{content}</section>' for title, content in sections if content
+        f'<section id="{_anchor(title)}"><h2>{html.escape(title)}</h2>{content}</section>'
+        for title, content in sections
+        if content
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -302,6 +337,11 @@ def _cell(estimate: Estimate | None) -> str:
     if not np.isfinite([estimate.low, estimate.high]).all():
         return f"{estimate.value:.3f}"
     return f'{estimate.value:.3f} <span class="interval">[{estimate.low:.3f}, {estimate.high:.3f}]</span>'
+
+
+def _text_table(table: Table) -> str:
+    rows = [tuple(map(html.escape, row)) for row in table.rows]
+    return _note(table.note) + _table(tuple(map(html.escape, table.header)), rows)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -580,6 +620,59 @@ def _draw_estimates(axes: "Axes", estimates: Estimates, name: str) -> None:
     for color, true, guess in zip(_COLORS, targets.T, predicted.T, strict=False):
         axes.scatter(true, guess, s=14, color=color, alpha=0.6, linewidths=0)
     axes.set(title=name, xlabel="true", ylabel="predicted")
+
+
+# --- calibration and subjects -----------------------------------------------------------------------------------------
+
+
+def _reliability(reliability: Reliability | None) -> str:
+    if reliability is None:
+        return ""
+    note = (
+        "Decisions by the probability the model gave them, and how many of them were right; on the dotted line a "
+        "probability means what it says. The expected calibration error is the mean distance from it over windows."
+    )
+    return _note(note) + _figure((3.9, 3.5), "Reliability of probabilities", _draw_reliability, reliability)
+
+
+def _draw_reliability(axes: "Axes", reliability: Reliability) -> None:
+    axes.plot([0, 1], [0, 1], color=_GREY, lw=1, ls=":")
+    for i, (name, rows) in enumerate(reliability.bins.items()):
+        color, largest = _COLORS[i % len(_COLORS)], max((row["n"] for row in rows), default=1)
+        x, y = [row["confidence"] for row in rows], [row["accuracy"] for row in rows]
+        axes.plot(x, y, color=color, lw=1.4, label=f"{name}: {reliability.errors[name]:.3f}")
+        axes.scatter(x, y, s=[8 + 60 * row["n"] / largest for row in rows], color=color, linewidths=0)
+    axes.set(xlabel="probability of the decision", ylabel="share that is right", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.legend(loc="upper left", title="calibration error", title_fontsize=8)
+
+
+def _subjects(subjects: SubjectScores | None) -> str:
+    if subjects is None or not any(subjects.scores.values()):
+        return ""
+    first = next(iter(subjects.scores.values()))
+    order = sorted(first, key=lambda name: (np.isnan(first[name]), first[name]))
+    undefined = sum(bool(np.isnan(value)) for value in first.values())
+    note = f"{subjects.metric} of each subject's own windows, sorted by that of the first model."
+    if undefined:
+        note += f" It is not defined for {undefined} of {len(order)} subjects."
+    size = (7.0, min(0.9 + 0.17 * len(order), 9.0))
+    alt = f"{subjects.metric} of every subject"
+    return _note(note) + _figure(size, alt, _draw_subjects, subjects, order, kind="wide")
+
+
+def _draw_subjects(axes: "Axes", subjects: SubjectScores, order: Sequence[str]) -> None:
+    rows = np.arange(len(order))
+    for i, (name, scores) in enumerate(subjects.scores.items()):
+        values = [scores.get(subject, np.nan) for subject in order]
+        axes.scatter(values, rows, s=20, color=_COLORS[i % len(_COLORS)], alpha=0.8, linewidths=0, label=name)
+    if len(order) <= 48:
+        axes.set_yticks(rows, order, fontsize=7)
+    else:
+        axes.set_yticks([])
+        axes.set_ylabel(f"{len(order)} subjects")
+    axes.set(xlabel=subjects.metric, ylim=(-0.7, len(order) - 0.3))
+    if len(subjects.scores) > 1:
+        axes.legend(loc="lower right")
 
 
 # --- embeddings -------------------------------------------------------------------------------------------------------

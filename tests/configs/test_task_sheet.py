@@ -1,0 +1,296 @@
+"""The task sheet against the recipes it was copied from, its presets, and what it refuses."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import configs
+from configs import task_sheet
+from configs.published import Score
+from configs.task_presets import task_preset_names
+from configs.task_sheet import TASKS, claim_of, deviations, find_task
+from data_pipeline.montages import montage_of
+from data_pipeline.store import StoreInfo, WindowStore, create_store
+from lumamba_jax.architectures import ARCHITECTURES, SIZES, abstract_model
+from lumamba_jax.optimizer import make_optimizer
+
+# recipes 4.1 (and data.md 1 for the rates): channels, samples, Hz, patches of 40, outputs, positive class
+SHEET = {
+    "tuab": (22, 1280, 256, 32, 2, "abnormal"),
+    "tuar_bc": (22, 1280, 256, 32, 2, "artifact"),
+    "tuar_bc13": (22, 1280, 256, 32, 2, "artifact"),
+    "tuar_mc": (22, 1280, 256, 32, 2, "artifact"),
+    "tuar_mmc": (22, 1280, 256, 32, 6, None),
+    "tuar_mcc": (22, 1280, 256, 32, 5, None),
+    "tuar_mcc6": (22, 1280, 256, 32, 6, None),
+    "tusl": (22, 1280, 256, 32, 4, None),
+    "seed_v": (62, 200, 200, 5, 5, None),
+    "apava": (16, 1280, 256, 32, 2, "alzheimer"),
+    "tdbrain": (26, 320, 256, 8, 2, "parkinson"),
+    "mumtaz2016": (19, 1280, 256, 32, 2, "depression"),
+    "modma_128": (128, 1280, 250, 32, 2, "depression"),
+    "modma_13": (13, 1280, 250, 32, 2, "depression"),
+    "mobi_60": (60, 200, 100, 5, 12, None),
+    "mobi_19": (19, 200, 100, 5, 12, None),
+    "eegmat": (19, 1280, 256, 32, 2, "arithmetic"),
+}
+# recipes 4, as released: batch, epochs, lr, weight decay, warm-up, its first rate, last rate, decay by layer, patience,
+# precision; and what papers and cards say instead
+RELEASED = {
+    "lumamba_tiny": (512, 50, 5e-4, 0.05, 5, 1e-6, 1e-6, 0.75, 15, "bfloat16"),
+    "luna_base": (1024, 30, 5e-4, 0.05, 10, 2.5e-7, 2.5e-6, 0.75, 8, "bfloat16"),
+    "luna_huge": (1024, 30, 5e-4, 0.05, 10, 2.5e-7, 2.5e-6, 0.75, 8, "bfloat16"),
+    "femba_base": (1024, 30, 5e-4, 0.5, 10, 2.5e-7, 2.5e-6, 0.75, None, "float32"),
+}
+DOCUMENTED = {
+    "lumamba_tiny": (512, 50, 5e-4, 0.05, 5, 1e-6, 1e-6, 0.75, 10, "float32"),
+    "luna_base": (1024, 50, 1e-4, 0.05, 5, 2.5e-7, 5e-6, 0.5, 10, "float32"),
+    "luna_large": (1024, 50, 1e-4, 0.05, 5, 2.5e-7, 5e-6, 0.8, 10, "float32"),
+    "luna_huge": (1024, 50, 1e-4, 0.05, 5, 2.5e-7, 5e-6, 0.8, 10, "float32"),
+    "femba_base": (1024, 30, 1e-4, 0.0, 10, 2.5e-7, 2.5e-6, 0.75, None, "float32"),
+}
+
+
+@pytest.mark.parametrize("name", SHEET)
+def test_tasks_have_the_windows_and_classes_of_the_recipes(name):
+    task = TASKS[name]
+    channels, samples, sfreq, patches, outputs, positive = SHEET[name]
+    assert (len(task.channels), task.samples, task.sfreq, task.num_outputs) == (channels, samples, sfreq, outputs)
+    assert task.samples / 40 == patches
+    assert task.positive_class == positive
+    if positive:  # the class whose probability ranks: number 1
+        assert task.class_names.index(positive) == 1
+
+
+def test_the_sheet_is_complete():
+    assert TASKS.keys() == SHEET.keys()
+    assert len(task_preset_names()) == len(TASKS) * len(SIZES) * 2
+    not_comparable = {name for name, task in TASKS.items() if task.claim == "not comparable"}
+    assert {name for name in TASKS if name.startswith(("tuar", "tusl"))} <= not_comparable
+    assert [name for name, task in TASKS.items() if task.claim == "comparable"] == ["tuab"]
+    for task in TASKS.values():
+        assert all(row.source for row in task.published)
+        reported = {name for row in task.published for name in row.scores}
+        assert reported <= set(task.metrics)
+
+
+PUBLISHED = [  # recipes 6, copied once more
+    ("tuab", "LuMamba tiny", {"balanced_accuracy": 0.8099, "auroc": 0.883, "aupr": 0.892}),
+    ("tuab", "LUNA huge", {"balanced_accuracy": 0.8157, "aupr": 0.9029, "auroc": 0.8957}),
+    ("tuab", "FEMBA base", {"balanced_accuracy": 0.8105, "aupr": 0.8894, "auroc": 0.8829}),
+    ("tuab", "LaBraM huge", {"balanced_accuracy": 0.8258, "aupr": 0.9204, "auroc": 0.9162}),
+    ("tuab", "BENDR", {"balanced_accuracy": 0.7696, "auroc": 0.8397}),
+    ("tuar_mcc", "LUNA large", {"auroc": 0.918, "aupr": 0.505}),
+    ("tuar_mcc", "LuMamba tiny", {"auroc": 0.914}),
+    ("tuar_bc", "FEMBA large", {"auroc": 0.944, "aupr": 0.913}),
+    ("tuar_mc", "FEMBA base", {"auroc": 0.909, "aupr": 0.634}),
+    ("tuar_mmc", "FEMBA tiny", {"auroc": 0.893, "aupr": 0.504}),
+    ("tusl", "LUNA huge", {"auroc": 0.802, "aupr": 0.289}),
+    ("tusl", "LuMamba tiny", {"auroc": 0.708, "aupr": 0.289}),
+    ("seed_v", "LUNA large", {"balanced_accuracy": 0.3918, "kappa": 0.2073, "f1_weighted": 0.3586}),
+    ("seed_v", "LuMamba tiny", {"balanced_accuracy": 0.35, "kappa": 0.191}),
+    ("mumtaz2016", "CBraMod", {"balanced_accuracy": 0.956, "aupr": 0.9923, "auroc": 0.9921}),
+    ("mumtaz2016", "LuMamba tiny", {"balanced_accuracy": 0.72, "aupr": 0.952, "auroc": 0.931}),
+    ("apava", "LuMamba tiny", {"auroc": 0.955, "aupr": 0.97}),
+    ("apava", "TeCh", {"accuracy": 0.8686, "f1_macro": 0.863, "auroc": 0.9402, "aupr": 0.9379}),
+    ("tdbrain", "LuMamba tiny", {"auroc": 0.961, "aupr": 0.96}),
+    ("tdbrain", "Medformer", {"accuracy": 0.8962, "f1_macro": 0.8962, "auroc": 0.9641, "aupr": 0.9651}),
+    ("mobi_60", "LuMamba tiny", {"r2": 0.116, "rmse": 0.1482, "pearson": 0.38}),
+]
+
+
+@pytest.mark.parametrize(("task", "model", "scores"), PUBLISHED)
+def test_published_numbers_are_those_of_the_papers(task, model, scores):
+    (row,) = [row for row in TASKS[task].published if row.model == model]
+    assert {name: score.value for name, score in row.scores.items()} == pytest.approx(scores, abs=1e-9)
+
+
+def test_spreads_and_remarks_of_published_numbers():
+    rows = {row.model: row for row in TASKS["tuab"].published}
+    assert len(rows) == 25
+    assert rows["LUNA base"].scores["balanced_accuracy"] == Score(0.8063, 0.0008)
+    assert rows["LUNA base"].scores["auroc"] == Score(0.8868, 0.0015)
+    assert all(row.level == "not comparable" for row in TASKS["apava"].published if row.model != "LuMamba tiny")
+    (ours,) = [row for row in TASKS["seed_v"].published if row.model == "LuMamba tiny"]
+    assert ours.level == "not comparable"
+    assert "loader" in ours.remark
+
+
+# --- presets ---
+
+
+def _numbers(config):
+    optimizer, trainer = config.optimizer, config.trainer
+    return (
+        config.loader.batch_size, trainer.epochs, optimizer.lr, optimizer.weight_decay, optimizer.warmup_epochs,
+        optimizer.warmup_lr_init, optimizer.min_lr, optimizer.layerwise_decay, trainer.patience,
+        config.model.compute_dtype,
+    )  # fmt: skip
+
+
+def test_presets_have_the_numbers_of_the_recipes():
+    assert {name: _numbers(configs.load(f"tuab_{name}_reference")) for name in RELEASED} == RELEASED
+    assert {name: _numbers(configs.load(f"tuab_{name}")) for name in DOCUMENTED} == DOCUMENTED
+    reference, documented = configs.load("tuab_lumamba_tiny_reference"), configs.load("tuab_lumamba_tiny")
+    assert (reference.task.class_weights, documented.task.class_weights) == ("none", "balanced")
+    assert (reference.loader.drop_remainder, documented.loader.drop_remainder) == (True, False)
+    assert (reference.model.head, documented.model.head) == ("attention", "mamba")
+    assert reference.optimizer.resolve("finetune").warmup_mode == "reference"
+    assert documented.optimizer.resolve("finetune").warmup_mode == "shifted"
+    found = {size: configs.load(f"tuab_luna_{size}").model.drop_path for size in ("base", "huge")}
+    assert found == {"base": 0.1, "huge": 0.2}
+    assert configs.load("tuab_luna_huge_reference").model.drop_path == 0.1
+    smoothing = {name: configs.load(f"{name}_luna_base").task.label_smoothing for name in ("tuab", "tusl", "mobi_60")}
+    assert smoothing == {"tuab": 0.0, "tusl": 0.1, "mobi_60": 0.0}
+    assert configs.load("tusl_luna_base_reference").task.label_smoothing == 0.0
+    femba = configs.load("tuab_femba_base")
+    assert (femba.optimizer.name, femba.task.normalization) == ("adam", "fixed_affine")
+    assert configs.load("tuab_femba_base_reference").optimizer.name == "adamw"
+
+
+def test_the_preset_with_the_published_number_of_parameters():
+    _, params = abstract_model(configs.load("tuab_lumamba_tiny").model)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(4_631_611, abs=1)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_preset_of_a_task_loads_builds_and_fits_the_windows(task):
+    sheet = TASKS[task]
+    expected = {(True, False): (len(sheet.channels), sheet.num_outputs)}.get((sheet.per_channel, False))
+    shapes = {(), (sheet.num_outputs,), expected} - {None}
+    for model in SIZES:
+        for suffix in ("", "_reference"):
+            name = f"{task}_{model.lower().replace(' ', '_')}{suffix}"
+            config = configs.load(name)
+            assert config.data.evaluation_task == task
+            assert config.trainer.run_dir == f"runs/{name}"
+            assert config.task.kind == ("regress" if sheet.class_names is None else "classify")
+            config.model.check_window(len(sheet.channels), sheet.samples)
+            found = (config.model.output_channels, config.model.num_outputs)
+            assert tuple(n for n in found if n is not None) in shapes
+            assert (config.model.output_channels is not None) == sheet.per_channel
+            assert config.model.replace(head="reconstruction", num_outputs=None, output_channels=None).embed_dim == (
+                SIZES[model].embed_dim
+            )
+
+
+@pytest.mark.parametrize("model", ["LuMamba tiny", "LUNA base", "FEMBA tiny"])
+@pytest.mark.parametrize("task", ["tuab", "tuar_mmc", "mobi_60"])
+def test_presets_make_a_model_and_an_optimizer_of_their_outputs(model, task):
+    """Abstractly: the model runs on a window of the task, and every parameter has a rate."""
+    config = configs.load(f"{task}_{model.lower().replace(' ', '_')}")
+    sheet = TASKS[task]
+    _, params = abstract_model(config.model)
+    make_optimizer(config.optimizer, params, total_steps=100, max_epochs=10, stage="finetune")
+    architecture = ARCHITECTURES[config.model.architecture]
+
+    def logits():
+        module = architecture.module(config.model, rngs=nnx.Rngs(0))
+        signal = np.zeros((1, len(sheet.channels), sheet.samples), np.float32)
+        locations = np.zeros((1, len(sheet.channels), 3), np.float32)
+        return module(signal, locations).logits
+
+    shape = (1, len(sheet.channels), sheet.num_outputs) if sheet.per_channel else (1, sheet.num_outputs)
+    assert jax.eval_shape(logits).shape == shape
+
+
+def test_presets_are_files_too_and_overridden_on_the_command_line(tmp_path):
+    config = configs.cli(["mobi_60_luna_base", "--optimizer.lr", "3e-4", "--model.head", "mamba"], "train.py")
+    assert (config.optimizer.lr, config.model.head, config.data.split_unit) == (3e-4, "mamba", "time")
+    configs.write_yaml(config, tmp_path / "config.yaml")
+    assert configs.load(str(tmp_path / "config.yaml")) == config
+    with pytest.raises(ValueError, match="did you mean 'tuab_lumamba_tiny'"):
+        configs.load("tuab_lumamba_tny")
+    with pytest.raises(ValueError, match="did you mean 'tuab'"):
+        find_task("taub")
+
+
+def test_the_list_of_presets_shows_task_presets_as_a_pattern(capsys):
+    with pytest.raises(SystemExit):
+        configs.cli([], "train.py")
+    shown = capsys.readouterr().out
+    assert "TASK_MODEL_reference" in shown
+    assert "mumtaz2016" in shown
+    assert "luna_huge" in shown
+    assert len(shown.splitlines()) < 12
+
+
+def test_the_sheet_is_printed_with_sources(capsys):
+    assert task_sheet.main([]) == 0
+    shown = capsys.readouterr().out
+    assert not [name for name in TASKS if name not in shown]
+    assert task_sheet.main(["tuab"]) == 0
+    shown = capsys.readouterr().out
+    assert "0.8063 ± 0.0008" in shown
+    assert "arXiv 2510.22257" in shown
+    assert task_sheet.main(["taub"]) == 2
+
+
+# --- stores ---
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    def make(channels, samples, sfreq, labels, class_names):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.h5"
+        info = StoreInfo(sfreq=sfreq, n_times=samples, stride_seconds=1.0, class_names=class_names)
+        with create_store(path, info) as writer:
+            signal = np.random.default_rng(0).normal(size=(len(labels), len(channels), samples))
+            about = {"subject": "s", "recording": "r", "start_samples": samples * np.arange(len(labels))}
+            writer.add("g", signal, montage_of(channels), **about, labels=np.asarray(labels))
+        return WindowStore(path)
+
+    return make
+
+
+def test_stores_of_a_task_fit_and_others_are_told(make_store):
+    task = TASKS["tdbrain"]
+    names = list(task.class_names)
+    assert deviations(task, [make_store(task.channels, 320, 256.0, [0, 1], names)]) == []
+    (order,) = deviations(task, [make_store(task.channels[::-1], 320, 256.0, [0, 1], names)])
+    assert "another order" in order
+    (fewer,) = deviations(task, [make_store(task.channels[:5], 320, 256.0, [0, 1], names)])
+    assert "5 channels" in fewer
+    (longer,) = deviations(task, [make_store(task.channels, 640, 256.0, [0, 1], names)])
+    assert "640 samples at 256 Hz" in longer
+    assert deviations(task, [make_store(task.channels, 320, 256.0, [0, 1], None)]) == []  # old files name no classes
+
+
+def test_stores_of_another_task_are_refused(make_store):
+    task = TASKS["tdbrain"]
+    with pytest.raises(ValueError, match=r"has the classes rest, task, task tdbrain has healthy, parkinson"):
+        deviations(task, [make_store(task.channels, 320, 256.0, [0, 1], ["rest", "task"])])
+    with pytest.raises(ValueError, match="class numbers below 2"):
+        deviations(task, [make_store(task.channels, 320, 256.0, [0, 4], None)])
+    with pytest.raises(ValueError, match="task tdbrain class numbers"):
+        deviations(task, [make_store(task.channels, 320, 256.0, [[0.5], [1.0]], None)])
+    with pytest.raises(ValueError, match="12 targets"):
+        deviations(TASKS["mobi_19"], [make_store(TASKS["mobi_19"].channels, 200, 100.0, [[0.5]], None)])
+    per_channel = TASKS["tuar_mmc"]
+    labels = np.zeros((2, 22), int)
+    good = make_store(per_channel.channels, 1280, 256.0, labels, list(per_channel.class_names))
+    assert deviations(per_channel, [good]) == []
+    with pytest.raises(ValueError, match="for each channel"):
+        deviations(per_channel, [make_store(per_channel.channels, 1280, 256.0, [0, 1], list(per_channel.class_names))])
+
+
+def test_claims_shrink_with_what_was_done():
+    tuab, apava = TASKS["tuab"], TASKS["apava"]
+    assert claim_of(tuab, part="test", windows=74_010, runs=3)[0] == "comparable"
+    level, reason = claim_of(tuab, part="test", windows=74_010, runs=1)
+    assert level == "indicative"
+    assert reason.startswith("one run only")
+    assert claim_of(tuab, part="test", windows=73_900, runs=3)[0] == "comparable"
+    level, reason = claim_of(tuab, part="test", windows=60_000, runs=3)
+    assert level == "not comparable"
+    assert "74,010" in reason
+    assert claim_of(tuab, part="validation", windows=74_010, runs=3)[0] == "not comparable"
+    assert claim_of(tuab, part="test", windows=74_010, runs=3, deviating=["other windows"]) == (
+        "not comparable",
+        "other windows",
+    )
+    assert claim_of(apava, part="test", windows=159, runs=1)[0] == "indicative"
+    assert claim_of(dataclasses.replace(tuab, corpus="tdbrain"), part="test", windows=5, runs=3)[0] == "comparable"
