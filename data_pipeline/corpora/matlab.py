@@ -14,7 +14,8 @@ def read_numeric(path: Path) -> dict[str, np.ndarray]:
 
         try:
             with h5py.File(path, "r") as file:
-                found = {name: item[()].T for name, item in file.items() if isinstance(item, h5py.Dataset)}
+                datasets = {name: item for name, item in file.items() if isinstance(item, h5py.Dataset)}
+                found = {_text(name): item[()].T for name, item in datasets.items()}
         except Exception as error:  # h5py raises many types for a damaged file
             raise ValueError(f"damaged: not a MATLAB file that can be read ({error})") from error
     else:
@@ -35,6 +36,11 @@ def read_struct(path: Path, name: str) -> np.void:
         others = ", ".join(key for key in variables if not key.startswith("__")) or "no variables"
         raise ValueError(f"holds no 1x1 structure {name!r} but {others}")
     return value.reshape(-1)[0]
+
+
+def _text(name: str | bytes) -> str:
+    """h5py returns a name that is no UTF-8 as bytes."""
+    return name if isinstance(name, str) else name.decode("latin-1")
 
 
 def _load(path: Path) -> dict:

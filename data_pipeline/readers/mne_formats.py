@@ -86,7 +86,9 @@ def _through_mne(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return reader(path, preload=True, verbose="ERROR", **options)
+            raw = reader(path, preload=True, verbose="ERROR", **options)
+            raw.get_channel_types()  # a kind of channel that does not exist shows here only
+            return raw
     except MemoryError:
         raise ValueError("too large for the memory of this machine: split the file") from None
     except Exception as error:  # MNE raises many types for a bad file; each means that it cannot be read
@@ -164,6 +166,8 @@ def _merge_repeated(recording: Recording, labels: list[str]) -> Recording:
     dropped, renamed = {}, list(recording.ch_names)
     for label in repeated:
         copies = [i for i, name in enumerate(recording.ch_names) if re.fullmatch(re.escape(label) + r"-\d+", name)]
+        if len(copies) < 2:  # a damaged label, which MNE spells in another way: its copies have names of their own
+            continue
         same = all(np.array_equal(recording.signal_uv[copies[0]], recording.signal_uv[i]) for i in copies[1:])
         reason = "an identical copy of a repeated label" if same else f"label {label!r} occurs {len(copies)} times"
         for i in copies[1:] if same else copies:

@@ -13,6 +13,7 @@ import pytest
 from data_pipeline.corpora import CORPORA, seed_v
 from data_pipeline.corpora.base import Catalogue, Source
 from data_pipeline.corpora.bids_files import electrode_table, parse_name, sidecar
+from data_pipeline.corpora.matlab import read_numeric
 from data_pipeline.corpora.mobi import Mobi
 from data_pipeline.corpora.modma import Modma
 from data_pipeline.corpora.mumtaz2016 import Mumtaz2016
@@ -384,6 +385,18 @@ def modma(tmp_path_factory):
     written = trees.modma_tree(folder / "raw")
     assert run("modma", folder / "raw", folder / "out") == 0
     return folder, written
+
+
+def test_names_in_matlab_files_of_version_7_3_may_be_in_any_encoding(tmp_path):
+    with h5py.File(tmp_path / "a.mat", "w", userblock_size=512) as file:
+        file[b"a\xe4"] = np.ones((3, 2))
+        file["name"] = np.frombuffer(b"text", np.uint8)
+    with (tmp_path / "a.mat").open("r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM")
+    assert {name: value.shape for name, value in read_numeric(tmp_path / "a.mat").items()} == {
+        "a\xe4": (2, 3),
+        "name": (4,),
+    }
 
 
 def test_modma_key_rule_labels_and_values(modma):

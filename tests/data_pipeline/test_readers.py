@@ -249,6 +249,26 @@ def test_edf_numbers_that_cannot_be_are_refused(tmp_path, field, value, message)
         read_recording(tmp_path / "a.edf")
 
 
+def test_edf_labels_that_were_wiped_out_are_no_repeated_ones(tmp_path):
+    path = write_edf(tmp_path / "a.edf", signal("C3"), signal("C4"), signal("CZ"))
+    content = bytearray(path.read_bytes())
+    content[256 + 16 : 256 + 48] = bytes(32)
+    path.write_bytes(content)
+    assert read_recording(path).ch_names[0] == "C3"
+
+
+def test_fif_channels_of_no_kind_are_one_sentence(tmp_path):
+    import mne
+
+    raw = mne.io.RawArray(np.zeros((2, 500)), mne.create_info(["C3", "C4"], 250.0, "eeg"), verbose="ERROR")
+    raw.save(tmp_path / "a_raw.fif", verbose="ERROR")
+    content = (tmp_path / "a_raw.fif").read_bytes()
+    at = content.index(b"\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00\x02")  # first channel: numbers 1, 1, kind EEG
+    (tmp_path / "a_raw.fif").write_bytes(content[: at + 8] + b"\xff" * 4 + content[at + 12 :])
+    with pytest.raises(ValueError, match=r"^a_raw\.fif: damaged"):
+        read_recording(tmp_path / "a_raw.fif")
+
+
 def write_set(path, **changes):
     """An EEGLAB file of two channels, uncompressed."""
     about = {"setname": "a", "nbchan": 2.0, "trials": 1.0, "pnts": 500.0, "srate": 250.0, "xmin": 0.0, "xmax": 1.996}
