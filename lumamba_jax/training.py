@@ -183,6 +183,7 @@ def make_train_step(
     trains = trained_parameters(freeze_encoder=freeze_encoder, adapters=adapters)
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        batch = _in_precision(batch, config)
         keys = step_keys(seed, state.step)
         blocks = blocks_per_device(batch["signal"].shape[0], micro_batch, mesh)
         trained, fixed = _trained_and_fixed(state.params, trains)
@@ -214,6 +215,14 @@ def make_train_step(
     )
 
 
+def _in_precision(batch: dict[str, Array], config: ModelConfig) -> dict[str, Array]:
+    """For a float64 model, the arrays of a batch in float64: else the sums of the normalisation would round to float32,
+    and differently for every number of devices."""
+    if config.compute_dtype != "float64":
+        return batch
+    return {name: x.astype(jnp.float64) if x.dtype == jnp.float32 else x for name, x in batch.items()}
+
+
 def _trained_and_fixed(params: Any, trains: Callable[[str], bool] | None) -> tuple[nnx.State, nnx.State]:
     """The two parts of a tree of parameters; `nnx.merge_state` joins them."""
     if trains is None:
@@ -241,6 +250,7 @@ def make_eval_step(
     graphdef = graph_definition(config)
 
     def eval_step(params: nnx.State, batch: dict[str, Array]) -> dict[str, Array]:
+        batch = _in_precision(batch, config)
         blocks = blocks_per_device(batch["signal"].shape[0], micro_batch, mesh)
         keys = step_keys(seed, 0)
         outputs = evaluation(

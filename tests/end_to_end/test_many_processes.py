@@ -89,7 +89,7 @@ def assert_close(first: dict[str, np.ndarray], second: dict[str, np.ndarray], to
     for name, expected in first.items():
         if np.issubdtype(expected.dtype, np.floating):
             scale = max(np.abs(expected).max(), 1e-30)
-            noise = 1e-8 if tolerance else 0.0  # gradients that are zero by construction (a bias before a norm)
+            noise = 1e-3 * tolerance  # gradients that are zero by construction (a bias before a norm)
             assert np.abs(second[name] - expected).max() <= tolerance * scale + noise, name
         else:
             np.testing.assert_array_equal(second[name], expected)
