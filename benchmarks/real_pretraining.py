@@ -246,7 +246,6 @@ def write_parts(out: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
                             recording=f"{source.name}/{store.recordings[first]}{suffix}",
                             start_samples=store.start_samples[own],
                         )
-                    store.close()
             paths[part].append(path)
     return paths, counts
 
