@@ -23,7 +23,7 @@ from lumamba_jax.training import evaluate, make_eval_step
 
 Part = Literal["test", "validation", "train"]
 _SUBJECT_SCORE = {"classification": "accuracy", "multilabel": "auroc", "regression": "pearson"}
-_OF_ONE_RUN = {"trainer.seed", "trainer.run_dir", "trainer.resume", "trainer.stop_after"}
+_OF_ONE_RUN = {"trainer.seed", "loader.seed", "trainer.run_dir", "trainer.resume", "trainer.stop_after"}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 Kind = Literal["classification", "multilabel", "regression"]
 _CHUNK = 4_000_000  # elements of one (resamples, windows) block: about 32 MB each
+_SHOWN_SUBJECTS = 24
 RELIABILITY_BINS = 15
 REFERENCE_BATCH = 512
 """Windows of one batch of the published evaluation, which its Pearson r depends on (recipes R12)."""
@@ -679,7 +680,8 @@ def decisions(predictions: Predictions) -> tuple[Float[np.ndarray, "m K"], Int[n
 
 
 def format_table(report: Report) -> str:
-    """Format a report for the terminal: one row per score, one column per level, then confusion matrices and notes."""
+    """Format a report for the terminal: one row per score, one column per level, then confusion matrices, classes or
+    outputs, subjects where there are few, and notes."""
     header = ["", *(f"{level} (n={of_level.n_units})" for level, of_level in report.levels.items())]
     names = list(next(iter(report.levels.values())).metrics)
     rows = [header]
@@ -700,8 +702,28 @@ def format_table(report: Report) -> str:
             counts = of_level.confusion.tolist()
             matrix += [[name, *map(str, row)] for name, row in zip(report.class_names, counts, strict=True)]
             lines += ["", *align(matrix)]
+    lines += ["", *_table_of(report.levels["window"].per_class, "window")]
+    if len(report.subjects) <= _SHOWN_SUBJECTS:
+        lines += ["", *_table_of(report.subjects, "")]
+    else:
+        lines += ["", f"{len(report.subjects)} subjects: their scores are in the JSON file"]
     notes = report.notes + [f"{level}: {note}" for level, of_level in report.levels.items() for note in of_level.notes]
     return "\n".join(lines + [f"note: {note}" for note in notes])
+
+
+def _table_of(rows: list[dict[str, Any]], corner: str) -> list[str]:
+    """The table of `rows`, all of the same keys; the first key names them."""
+    if not rows:
+        return []
+    first, *names = rows[0]
+    cells = [[str(row[first]), *(_plain_cell(row[name]) for name in names)] for row in rows]
+    return align([[corner or first, *names], *cells])
+
+
+def _plain_cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if np.isnan(value) else f"{value:.3f}"
+    return "-" if value is None else str(value)
 
 
 def _cell(estimate: Estimate | None) -> str:
