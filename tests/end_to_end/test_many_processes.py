@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -36,8 +37,24 @@ def words(store: Path, run_dir: Path, *more: object) -> list[str]:
     return [str(word) for word in ("train.py", "debug", *options, "--trainer.resume", "true", *more)]
 
 
+class Process(subprocess.Popen):
+    """What it prints goes to a file: a pipe that nobody reads would fill up and stop it."""
+
+    def __init__(self, command: list[str], **more: str):
+        self._file = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the process)
+        super().__init__(
+            command, cwd=REPOSITORY, env=environment(**more), stdout=self._file, stderr=subprocess.STDOUT, text=True
+        )
+
+    def output(self, timeout: float = 900) -> str:
+        """Everything it printed, when it has ended."""
+        self.wait(timeout)
+        self._file.seek(0)
+        return self._file.read()
+
+
 @contextlib.contextmanager
-def processes(count: int, commands: list[list[str]], **more: str) -> Iterator[list[subprocess.Popen]]:
+def processes(count: int, commands: list[list[str]], **more: str) -> Iterator[list[Process]]:
     """`count` processes of one run; none is left behind."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,8 +63,7 @@ def processes(count: int, commands: list[list[str]], **more: str) -> Iterator[li
     for index in range(count):
         hosts = ["--hosts.coordinator", address, "--hosts.count", str(count), "--hosts.index", str(index)]
         command = [sys.executable, *commands[index % len(commands)], *(hosts if count > 1 else [])]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment(**more), **pipes))
+        started.append(Process(command, **more))
     try:
         yield started
     finally:
@@ -59,7 +75,7 @@ def processes(count: int, commands: list[list[str]], **more: str) -> Iterator[li
 def run(count: int, command: list[str], *, status: int = 0, **more: str) -> list[str]:
     """Output of each process, all of which must end with `status`."""
     with processes(count, [command], **more) as started:
-        outputs = [process.communicate(timeout=900)[0] for process in started]
+        outputs = [process.output() for process in started]
         assert [process.returncode for process in started] == [status] * count, outputs[0][-3000:]
     return outputs
 
@@ -157,7 +173,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_devices(store, single
 def test_the_process_with_another_configuration_is_named(store, tmp_path):
     same = words(store, tmp_path / "run", *STEPS)
     with processes(3, [same, same, [*same, "--optimizer.lr", "0.5"]]) as started:
-        outputs = [process.communicate(timeout=900)[0] for process in started]
+        outputs = [process.output() for process in started]
         assert [process.returncode for process in started] == [2, 2, 2], outputs
     for output in outputs:
         assert f"another configuration of process 2 ({socket.gethostname()})" in output
@@ -171,7 +187,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(store, tmp_path):
     with processes(2, [command]) as started:
         wait_for_steps(tmp_path / "run", 2)
         started[1].send_signal(signal.SIGTERM)
-        outputs = [process.communicate(timeout=600)[0] for process in started]
+        outputs = [process.output() for process in started]
         assert [process.returncode for process in started] == [STOPPED, STOPPED], outputs
     saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
     assert saved == read_metrics(tmp_path / "run")[-1]["step"]
@@ -185,7 +201,7 @@ def test_a_host_that_stands_still_ends_the_run_with_stacks_and_it_goes_on(store,
     with processes(2, [command]) as started:
         wait_for_steps(tmp_path / "run", 6)
         started[stopped].send_signal(signal.SIGSTOP)
-        output = started[1 - stopped].communicate(timeout=600)[0]
+        output = started[1 - stopped].output()
         assert started[1 - stopped].returncode not in (0, STOPPED)
         assert "Timeout (0:00:04)!" in output  # the watchdog's stacks: it waits for the other in a collective
     done = max(steps_in(tmp_path / "run" / "checkpoints"))
@@ -258,7 +274,7 @@ def survive(store: Path, run_dir: Path, draw: random.Random, kills: int, options
                 counts["kills"] += 1
                 counts["kills in a save"] += any((run_dir / "checkpoints").glob(".*.writing"))
                 continue  # a cluster ends the others when one is lost; so does leaving this block
-            outputs = [process.communicate(timeout=900)[0] for process in started]
+            outputs = [process.output() for process in started]
             assert [process.returncode for process in started] == [0, 0], outputs
             return counts
 
