@@ -1,66 +1,78 @@
-"""Score a fine-tuned model, or embed windows and recordings.
+"""Score a fine-tuned model; predict or embed windows and recordings; probe an encoder on labelled windows.
 
 python eval.py metrics runs/finetune                          # the test part of the run's own split
+python eval.py metrics runs/seed1 runs/seed2 runs/seed3       # the same for several, with mean and sd
+python eval.py metrics runs/finetune --task tuab              # published results of the task sheet beside ours
 python eval.py metrics runs/finetune --data OTHER.h5          # every window of another labelled store
-python eval.py embed CHECKPOINT recording.edf --out embeddings.h5   # or a window store, or a folder
+python eval.py predict runs/finetune recording.edf --out predictions.csv   # or window stores, or a folder
+python eval.py embed CHECKPOINT recording.edf --out embeddings.h5          # --whole: one vector per recording
+python eval.py probe CHECKPOINT labelled.h5 --folds 5         # frozen encoder and baselines, by subject
 """
 
-import dataclasses
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
 
-import configs
-from configs.data import Windows, check_windows, open_windows
-from configs.results import (
-    baseline_predictions,
-    check_columns_file,
-    kind_of,
-    predictions_of,
-    save_columns,
-    save_predictions,
-    score,
-)
+from configs import scoring
+from configs.outputs import Output, by_recording, prepare_windows, store_columns, whole_recording_columns
+from configs.protocol_table import folds_of, frozen_rows, labelled, markdown
+from configs.results import check_columns_file, print_predictions, save_columns, save_predictions, save_table
+from configs.scoring import Part
+from configs.task_sheet import find_task
 from data_pipeline.formats import is_store, open_store
-from data_pipeline.loader import LoaderConfig
-from data_pipeline.prepare import PrepareConfig, prepare
-from data_pipeline.store import Store
-from lumamba_jax import metrics
-from lumamba_jax.architectures import ModelConfig
-from lumamba_jax.checkpoint import load_pretrained
+from lumamba_jax import metrics, report
 from lumamba_jax.compilation import enable_compilation_cache, use_cpu_cores
-from lumamba_jax.inference import LoadedModel, embed, load
+from lumamba_jax.inference import LoadedModel, load
 from lumamba_jax.run_log import write_json
-from lumamba_jax.sharding import MeshConfig, make_mesh
-from lumamba_jax.tasks import TaskConfig, make_task
-from lumamba_jax.training import evaluate, make_eval_step
-
-Part = Literal["test", "validation", "train"]
 
 
 @dataclass(frozen=True)
 class Metrics:
     """Score a model on labelled windows: per window, recording and subject, intervals by subject bootstrap."""
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """a fine-tuning run, or an exported model"""
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """fine-tuning runs, or exported models; several are scored on the same windows, with mean and sd"""
     data: tuple[Path, ...] = ()
     """labelled window stores; empty = the stores and the split of the run"""
     part: Part = "test"
     """part of the run's split"""
+    task: str | None = None
+    """of the task sheet (python -m configs.task_sheet): published numbers beside ours; default: as the run records"""
     out: Path | None = None
-    """JSON file for all scores; predictions are written beside it as npz (default: in the run, metrics_PART.json)"""
+    """JSON file for all scores, with a page (.html) and predictions (.npz) beside it; default: metrics_PART.json in the
+    run, or metrics_PART_of_N_runs.json beside the first of several"""
     batch_size: int = 64
     """windows per forward pass"""
     resamples: int = 1000
     """of the bootstrap; 0 = no intervals"""
     baseline: bool = True
     """also score band power with a linear model, fitted on the run's training windows"""
+    page: bool = True
+    """write the page: confusion matrices, calibration, subjects, published results"""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Write the class probabilities, or the predicted values, of every window; print the mean of each recording."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """a fine-tuning run, or an exported model with a classifier"""
+    source: Annotated[Path, tyro.conf.Positional]
+    """a window store, a recording, or a folder of recordings"""
+    out: Path
+    """.csv (a row per window, a column per class), .npz or .h5: predictions (n, K), window_id, subject, recording,
+    montage, start_sample, and labels if there are"""
+    batch_size: int = 64
+    """windows per forward pass; it changes no number on a CPU"""
+    window: float = 5.0
+    """seconds per window, for recordings"""
+    stride: float | None = None
+    """seconds from one start to the next, for recordings; less than the window = overlap (default: the window)"""
 
 
 @dataclass(frozen=True)
@@ -74,126 +86,149 @@ class Embed:
     out: Path
     """.npz or .h5: embeddings (n, M), window_id, subject, recording, montage, start_sample, and labels if there are"""
     batch_size: int = 64
-    """windows per forward pass"""
+    """windows per forward pass; it changes no number on a CPU"""
     window: float = 5.0
     """seconds per window, for recordings"""
+    stride: float | None = None
+    """seconds from one start to the next, for recordings; less than the window = overlap (default: the window)"""
+    whole: bool = False
+    """each recording as one long window, in bounded memory (LuMamba): embeddings (recordings, M), recording, seconds"""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a frozen encoder knows: probes, adaptation without gradients, few-shot calibration, beside baselines."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """a run, or an exported model"""
+    data: Annotated[Path, tyro.conf.Positional]
+    """a window store with a class for each window"""
+    folds: int | None = 5
+    """folds by subject; None = one subject left out at a time"""
+    shots: int | None = None
+    """also few-shot calibration with so many windows per class of the test subject"""
+    baselines: bool = True
+    """also band power, tangent space and EEGNet, fitted on the same folds"""
+    resamples: int = 1000
+    """of the bootstrap over subjects"""
+    out: Path | None = None
+    """JSON file for the table"""
 
 
 def run_metrics(options: Metrics) -> None:
-    """Evaluate, print the tables, write JSON and predictions."""
-    model, params, metadata = load_pretrained(options.model)
-    if model.head in ("reconstruction", "none") or "task" not in metadata["provenance"]:
-        raise ValueError(f"{options.model} was not fine-tuned (head {model.head!r}): there are no predictions to score")
-    task_config = configs.from_mapping(metadata["provenance"]["task"], TaskConfig())
-    windows, part = _labelled_windows(options)
-    _check_fits(model, metadata["provenance"], windows)
-    loader = LoaderConfig(batch_size=options.batch_size, patch_size=model.patch_size, grouping="padded")
-    mesh = make_mesh(MeshConfig(devices=1))
-    eval_step = make_eval_step(model, make_task(task_config, model), mesh, seed=0)
-    evaluation = evaluate(eval_step, params, windows.batches(part, loader.for_evaluation()), mesh)
-    predictions = predictions_of(evaluation, windows)
-    kind = kind_of(task_config.kind, predictions.labels)
-    names = windows.class_names if kind == "classification" else None
-    report = metrics.evaluate(predictions, kind, class_names=names, n_resamples=options.resamples)
-    result = {"model": str(options.model), "part": part, "data": [str(store.path) for store in windows.stores]}
-    result |= {"split": windows.split.digest, **report.to_dict()}
-    print(f"{options.model}, {part} windows\n{metrics.format_table(report)}")
-    if options.baseline and len(windows.parts["train"]) and part != "train":
-        baseline = score(baseline_predictions(windows, part), kind)
-        result["band_power_baseline"] = baseline
+    """Evaluate, print the tables, write JSON, predictions and the page."""
+    if not options.models:
+        raise ValueError("name at least one fine-tuning run: eval.py metrics RUN")
+    if options.task:
+        find_task(options.task)  # a typo is refused before the work is done
+    how = {"data": options.data, "part": options.part, "batch_size": options.batch_size, "resamples": options.resamples}
+    runs = [scoring.score_model(path, **how) for path in options.models]
+    notes, task = scoring.notes_on(runs), scoring.task_of(runs, options.task)
+    comparison = None if task is None else scoring.compare(task, runs)
+    out = options.out or _default_out(runs)
+    print(*(f"note: {note}" for note in notes), sep="\n", end="\n" if notes else "")
+    for run in runs:
+        print(f"{run.path}, {run.part} windows\n{metrics.format_table(run.report)}\n")
+    if len(runs) > 1:
+        print(f"windows, {len(runs)} runs\n{scoring.format_runs(runs)}\n")
+    baseline = scoring.band_power_scores(runs[0]) if options.baseline else None
+    if baseline:
         print("band power baseline (windows): " + ", ".join(f"{name} {value:.3f}" for name, value in baseline.items()))
-    out = options.out or options.model / f"metrics_{part}.json"
+    if comparison is not None:
+        print(scoring.format_comparison(comparison))
+    result = scoring.result_of(runs, comparison, baseline, notes)
+    written = _write_scores(runs, result, out)
+    if options.page:
+        written.append(report.write_report(scoring.page_of(runs, comparison, baseline), out.with_suffix(".html")))
+    print(", ".join(map(str, written)))
+
+
+def _default_out(runs: list[scoring.Scored]) -> Path:
+    path, part = runs[0].path, runs[0].part
+    several = path.absolute().parent / f"metrics_{part}_of_{len(runs)}_runs.json"
+    return several if len(runs) > 1 else path / f"metrics_{part}.json"
+
+
+def _write_scores(runs: list[scoring.Scored], result: dict, out: Path) -> list[Path]:
+    """JSON of everything, and the predictions of each run."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(result, out)
-    save_predictions(out.with_suffix(".npz"), predictions, windows.class_names)
-    print(f"{out}, {out.with_suffix('.npz')}")
+    written = [out]
+    for number, run in enumerate(runs, 1):
+        path = out.with_suffix(".npz") if len(runs) == 1 else out.with_name(f"{out.stem}_{number}.npz")
+        save_predictions(path, run.predictions, run.report.class_names)
+        written.append(path)
+    return written
 
 
-def _labelled_windows(options: Metrics) -> tuple[Windows, Part]:
-    """The run's own part, or other stores as the test part: then their subjects must not be the training subjects."""
-    run_config = options.model / "config.yaml"
-    stores = tuple(str(path) for path in options.data)
-    if run_config.is_file():
-        data = configs.load(str(run_config)).data
-        fixed = {"num_folds": None, "fold": None, "split_file": str(options.model / "split.json")}
-        changes = fixed | ({"test": stores} if stores else {})
-        return open_windows(dataclasses.replace(data, **changes), labelled=True), "test" if stores else options.part
-    if not stores:
-        raise ValueError(f"{options.model} is not a training run: name the labelled stores to score it on with --data")
-    windows = open_windows(configs.DataConfig(train=stores, validation_fraction=0.0), labelled=True)
-    return dataclasses.replace(
-        windows, parts={"train": windows.parts["train"][:0], "test": windows.parts["train"]}
-    ), "test"
-
-
-def _check_fits(model: ModelConfig, provenance: dict, windows: Windows) -> None:
-    trained, found = provenance.get("class_names"), windows.class_names
-    if trained and found and list(trained) != list(found):
-        raise ValueError(f"the model knows the classes {', '.join(trained)}, the stores name {', '.join(found)}")
-    if model.output_channels is None and (model.num_outputs or 1) < windows.num_outputs:
-        raise ValueError(f"the model has {model.num_outputs} outputs, the labels need {windows.num_outputs}")
-    check_windows(model, windows)
-    _check_rate(provenance, windows.stores[0])
-
-
-def _check_rate(provenance: dict, store: Store) -> None:
-    trained = provenance.get("sfreq")
-    if trained and abs(trained - store.sfreq) > 1e-6:
-        raise ValueError(
-            f"the model was trained at {trained:g} Hz, {store.path} holds {store.sfreq:g} Hz: prepare it again"
-        )
+def run_predict(options: Predict) -> None:
+    """Predict every window of a store, or of recordings that are prepared into a temporary store first."""
+    as_table = options.out.suffix == ".csv"
+    if not as_table:
+        check_columns_file(options.out)
+    model = load(options.model)
+    columns, names = _columns(model, options, "prediction"), model.metadata["provenance"].get("class_names")
+    if as_table:
+        save_table(options.out, columns, names)
+    else:
+        save_columns(options.out, columns)
+    print_predictions(by_recording(columns), names)
+    print(f"{options.out}: predictions {columns['predictions'].shape} of {options.source}")
 
 
 def run_embed(options: Embed) -> None:
     """Embed every window of a store, or of recordings that are prepared into a temporary store first."""
     check_columns_file(options.out)
     model = load(options.model)
-    with tempfile.TemporaryDirectory() as temporary:
-        path = options.source
-        if not path.exists():
-            raise ValueError(f"{path} does not exist")
-        if not is_store(path):
-            path = _prepared(path, Path(temporary) / "windows.h5", model, options.window)
-        columns = _embeddings(model, open_store(path), options.batch_size)
+    if options.whole:
+        if is_store(options.source):
+            raise ValueError(f"{options.source} holds windows already: --whole takes recordings")
+        columns = whole_recording_columns(model, options.source, lambda text: print(text, file=sys.stderr))
+    else:
+        columns = _columns(model, options, "embedding")
     save_columns(options.out, columns)
     print(f"{options.out}: embeddings {columns['embeddings'].shape} of {options.source}")
 
 
-def _prepared(source: Path, out: Path, model: LoadedModel, seconds: float) -> Path:
-    sfreq = float(model.metadata["provenance"].get("sfreq", 256.0))
-    folder, include = (source, ()) if source.is_dir() else (source.parent, (source.name,))
-    prepare(PrepareConfig(folder, out, include=include, sfreq=sfreq, window=seconds))
-    return out
+def _columns(model: LoadedModel, options: Predict | Embed, output: Output) -> dict[str, np.ndarray]:
+    with tempfile.TemporaryDirectory() as temporary:
+        path = options.source
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        if is_store(path):
+            stores = [open_store(path)]
+        else:
+            path = Path(temporary) / "windows.h5"
+            prepare_windows(options.source, path, model, options.window, options.stride)
+            stores = [open_store(path)]
+        return store_columns(model, stores, output, batch_size=options.batch_size)
 
 
-def _embeddings(model: LoadedModel, store: Store, batch_size: int) -> dict[str, np.ndarray]:
-    _check_rate(model.metadata["provenance"], store)
-    embeddings = np.zeros((len(store), model.config.width), np.float32)
-    for name, montage in store.montages.items():
-        rows = np.flatnonzero(store.montage_names == name)
-        for start in range(0, len(rows), batch_size):
-            own = rows[start : start + batch_size]
-            embeddings[own] = embed(model, store.read(own), montage.locations, batch_size=batch_size)
-    columns = {
-        "embeddings": embeddings,
-        "window_id": np.arange(len(store)),
-        "subject": np.asarray(store.subjects),
-        "recording": np.asarray(store.recordings),
-        "montage": np.asarray(store.montage_names),
-        "start_sample": store.start_samples,
-    }
-    return columns if store.labels is None else columns | {"label": store.labels}
+def run_probe(options: Probe) -> None:
+    """Print the table of protocols, write it as JSON where asked."""
+    store = open_store(options.data)
+    data = labelled(store)
+    folds = folds_of(data, options.folds)
+    rows = frozen_rows(
+        data, store, {"encoder": load(options.model)}, folds, shots=options.shots, resamples=options.resamples,
+        say=lambda text: print(text, file=sys.stderr), baselines=options.baselines,
+    )  # fmt: skip
+    print(markdown(rows))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        found = {"model": str(options.model), "data": str(options.data), "rows": [asdict(row) for row in rows]}
+        write_json(found | {"splits": [fold.digest for fold in folds]}, options.out)
 
 
 def main() -> int:
     """Exit status 0, or 2 for bad input (one sentence)."""
     enable_compilation_cache()
     use_cpu_cores()
-    options = tyro.extras.subcommand_cli_from_dict(
-        {"metrics": Metrics, "embed": Embed}, prog="eval.py", description=__doc__
-    )
+    commands = {"metrics": Metrics, "predict": Predict, "embed": Embed, "probe": Probe}
+    runs = {Metrics: run_metrics, Predict: run_predict, Embed: run_embed, Probe: run_probe}
+    options = tyro.extras.subcommand_cli_from_dict(commands, prog="eval.py", description=__doc__)
     try:
-        run_metrics(options) if isinstance(options, Metrics) else run_embed(options)
+        runs[type(options)](options)
     except (ValueError, OSError) as error:
         print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """What a supervised run hands back: predictions on disk, the baseline on the same windows, a table of scores."""
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -93,4 +94,32 @@ def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:
         cells = [result.get(metric) for result in results.values()]
         if any(cell is not None for cell in cells):
             table.add_row(metric, *("" if cell is None else f"{cell:.4f}" for cell in cells))
+    Console().print(table)
+
+
+def save_table(path: Path, columns: Mapping[str, np.ndarray], class_names: list[str] | None) -> None:
+    """Write predictions as CSV, a row per window and a column per class; complete or not at all."""
+    names = class_names or [f"output_{k}" for k in range(columns["predictions"].shape[1])]
+    others = [name for name in columns if name != "predictions"]
+    rows = zip(*(columns[name].tolist() for name in others), columns["predictions"].tolist(), strict=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*others, *names])
+            writer.writerows([*row[:-1], *row[-1]] for row in rows)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def print_predictions(recordings: Mapping[str, np.ndarray], class_names: list[str] | None) -> None:
+    """Print the mean prediction of each recording (`configs.outputs.by_recording`)."""
+    names = class_names or [f"output {k}" for k in range(recordings["predictions"].shape[1])]
+    table = Table(title="mean over the windows of each recording", title_justify="left")
+    for name in ("recording", "windows", *names):
+        table.add_column(name, justify="left" if name == "recording" else "right")
+    for name, count, values in zip(*(recordings[key] for key in ("recording", "windows", "predictions")), strict=True):
+        table.add_row(str(name), str(count), *(f"{value:.3f}" for value in values))
     Console().print(table)
