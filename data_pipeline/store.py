@@ -20,6 +20,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from data_pipeline.hdf5_heaps import TextHeaps
 from data_pipeline.montages import Montage
 from data_pipeline.names import Names
 from data_pipeline.old_files import (
@@ -322,9 +323,10 @@ class WindowStore(Store):
         self._title = f"{self.path.resolve().parent.name}/{self.path.stem}"  # the reference calls every file train.h5
         self._old, self._to_look = old, to_look
         self.num_replaced = 0
-        with self._readable(), h5py.File(self.path, "r") as file:
-            self.attributes = {key: _decoded(value) for key, value in file.attrs.items()}
-            blocks = self._blocks(file)
+        with self._readable(), h5py.File(self.path, "r") as file, self.path.open("rb", buffering=0) as raw:
+            texts = TextHeaps(raw.fileno())
+            self.attributes = _attributes(file, texts)
+            blocks = self._blocks(file, texts)
             self.flavour: Flavour | None = None
             if "window_layout" not in self.attributes:
                 self.flavour = identify([block.look for block in blocks])
@@ -406,8 +408,8 @@ class WindowStore(Store):
                 f"{self.path} cannot be read as a window store, it is truncated or not HDF5 ({reason}): make it again"
             ) from error
 
-    def _blocks(self, file: h5py.File) -> list[_Block]:
-        blocks = [self._block(str(name), file[name]) for name in file if name != "index_map"]
+    def _blocks(self, file: h5py.File, texts: TextHeaps) -> list[_Block]:
+        blocks = [self._block(str(name), file[name], texts) for name in file if name != "index_map"]
         if not any(block.shape[0] for block in blocks):
             raise ValueError(f"{self.path} holds no group of windows")
         blocks = [block for block in blocks if block.shape[0]]
@@ -417,7 +419,7 @@ class WindowStore(Store):
         self.n_times = int(lengths[0])
         return blocks
 
-    def _block(self, name: str, group: Any) -> _Block:
+    def _block(self, name: str, group: Any, texts: TextHeaps) -> _Block:
         data = group.get("X") if isinstance(group, h5py.Group) else None
         if not isinstance(data, h5py.Dataset) or data.ndim != 3:
             raise ValueError(f"{self.path}: group {name!r} has no dataset X of shape (n, channels, samples)")
@@ -425,7 +427,7 @@ class WindowStore(Store):
             raise ValueError(f"{self.path}: X of group {name!r} has shape {data.shape} and type {data.dtype}, which is "
                              f"not a signal")  # fmt: skip
         self._check_stored(data)
-        attributes = {key: _decoded(value) for key, value in group.attrs.items()}
+        attributes = _attributes(group, texts)
         starts, labels, hashes = (self._column(group, key, len(data)) for key in ("start_sample", "y", "window_hash"))
         return _Block(name, data.shape, _offset(data), attributes, starts, labels, hashes, data.dtype)
 
@@ -490,7 +492,10 @@ class WindowStore(Store):
         except ValueError as error:
             if not self._to_look:
                 raise ValueError(f"{self.path}: {error}") from error
-            montage, rows = Montage("unknown", [f"row {i}" for i in range(channels)], np.zeros((channels, 3))), None
+            montage, rows = (
+                Montage("unknown", tuple(f"row {i}" for i in range(channels)), np.zeros((channels, 3))),
+                None,
+            )
         return {montage.name: montage}, rows
 
     def _index(self, blocks: list[_Block]) -> None:
@@ -662,6 +667,11 @@ def _dataset(group: Any, column: str, name: str) -> h5py.Dataset:
     if not isinstance(found, h5py.Dataset):
         raise ValueError(f"{group.file.filename}: {name}/{column} is not a dataset")
     return found
+
+
+def _attributes(thing: h5py.File | h5py.Group, texts: TextHeaps) -> dict[str, Any]:
+    texts.check(thing)
+    return {key: _decoded(value) for key, value in thing.attrs.items()}
 
 
 def _decoded(value: Any) -> Any:

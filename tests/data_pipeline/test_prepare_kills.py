@@ -1,5 +1,6 @@
 """`prepare` killed again and again, with or without its workers: the last run writes what an unbroken one writes."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -26,8 +27,15 @@ def contents(out):
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
+def files(folder, pattern):
+    """Files below a folder that a run adds to, or clears, at the same time."""
+    with contextlib.suppress(FileNotFoundError):
+        return list(folder.glob(pattern))
+    return []
+
+
 def any_file(folder, pattern):
-    return next(folder.glob(pattern), None) is not None
+    return bool(files(folder, pattern))
 
 
 def stage(out):
@@ -57,7 +65,7 @@ def killed(command, out, rng, wanted):
         if wanted == "beginning":
             time.sleep(rng.uniform(0.0, 2.0))
         elif wanted == "working":
-            while run.poll() is None and len(list(out.glob(".prepare/results/*/*.json"))) < results:
+            while run.poll() is None and len(files(out, ".prepare/results/*/*.json")) < results:
                 time.sleep(0.001)
             time.sleep(rng.uniform(0.0, 0.1))
         else:

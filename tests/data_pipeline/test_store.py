@@ -211,3 +211,17 @@ def test_float16_overflow_is_read_as_zero_with_a_warning(tmp_path):
     store = WindowStore(tmp_path / "o.h5", OldFiles("Cz", unit="uV", sfreq=256))
     with pytest.warns(UserWarning, match="2 values are not finite"):
         np.testing.assert_array_equal(store[0]["signal"], [[1.0, 0.0, 0.0, 2.0]])
+
+
+def test_a_damaged_heap_of_texts_is_refused_and_does_not_hang_the_library(tmp_path):
+    path = tmp_path / "w.h5"
+    write(path)
+    whole = path.read_bytes()
+    heap = whole.index(b"GCOL")
+    size = slice(heap + 24, heap + 32)  # of its first text
+    for value in (2**64 - 1, 2**64 - 16, 1 << 40):
+        damaged = bytearray(whole)
+        damaged[size] = value.to_bytes(8, "little")
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"w\.h5 cannot be read as a window store.*texts are damaged"):
+            WindowStore(path)
