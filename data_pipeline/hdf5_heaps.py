@@ -9,7 +9,7 @@ import os
 import struct
 
 import h5py
-from h5py import h5o
+from h5py import h5o  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module)
 
 _HEADER_V1, _ATTRIBUTE, _CONTINUATION = 1, 0x000C, 0x0010
 _VARIABLE_LENGTH = 9  # class of a datatype
