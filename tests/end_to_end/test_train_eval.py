@@ -53,6 +53,7 @@ def work(tmp_path_factory) -> Path:
     call("-m", "data_pipeline.synthetic", folder / "recordings", "--subjects", "4", "--seconds", "10")
     options = ("--labels", folder / "recordings" / "labels.csv", "--window", "2.5", "--jobs", "1")
     call("-m", "data_pipeline.prepare", folder / "recordings", folder / "windows.h5", *options)
+    call("-m", "data_pipeline.prepare", folder / "recordings", folder / "unlabelled.h5", *options[2:])
     return folder
 
 
@@ -170,6 +171,51 @@ def test_embeddings_of_recordings_equal_those_of_their_windows(work, pretrained)
         assert len(common) >= 2
         for stored, fresh in common:
             np.testing.assert_allclose(stored, fresh, atol=1e-5)
+
+
+def test_a_recording_is_one_vector_or_overlapping_windows(work, pretrained):
+    recording = work / "recordings" / "subject-02.edf"
+    call("eval.py", "embed", pretrained, work / "recordings", "--out", work / "whole.npz", "--whole")
+    call("eval.py", "embed", pretrained, recording, "--out", work / "long.npz", "--window", "20")
+    call("eval.py", "embed", pretrained, recording, "--out", work / "over.npz", "--window", "2.5", "--stride", "1.25")
+    with np.load(work / "whole.npz") as whole, np.load(work / "long.npz") as long, np.load(work / "over.npz") as over:
+        (row,) = np.flatnonzero(whole["recording"] == recording.name)
+        assert whole["seconds"][row] == pytest.approx(20, abs=0.2)
+        assert len(long["start_sample"]) == 1
+        np.testing.assert_allclose(whole["embeddings"][row], long["embeddings"][0], atol=1e-4)
+        assert np.diff(over["start_sample"]).tolist() == [320] * 14
+
+
+def test_predictions_of_a_recording_are_those_of_the_saved_model(work, finetuned):
+    recording = work / "recordings" / "subject-02.edf"
+    done = call("eval.py", "predict", finetuned, recording, "--out", work / "one.csv", "--window", "2.5")
+    assert "subject-02.edf" in done.stdout
+    lines = [line.split(",") for line in (work / "one.csv").read_text().splitlines()]
+    assert lines[0][-2:] == ["rest", "task"]
+    probabilities = np.array([line[-2:] for line in lines[1:]], float)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    call("eval.py", "predict", finetuned, work / "windows.h5", "--out", work / "all_predictions.npz")
+    with np.load(work / "all_predictions.npz") as every:
+        own = every["recording"] == recording.name
+        starts = dict(zip(every["start_sample"][own].tolist(), every["predictions"][own], strict=True))
+        start = lines[0].index("start_sample")
+        both = [
+            (starts[int(line[start])], p)
+            for line, p in zip(lines[1:], probabilities, strict=True)
+            if int(line[start]) in starts
+        ]
+        assert len(both) >= 2
+        np.testing.assert_allclose(*map(np.array, zip(*both, strict=True)), atol=1e-5)
+
+
+def test_a_frozen_encoder_is_probed_beside_baselines(work, pretrained):
+    words = ("eval.py", "probe", pretrained, work / "windows.h5", "--folds", "2", "--resamples", "20")
+    done = call(*words, "--out", work / "probe.json")
+    rows = {row["name"]: row for row in json.loads((work / "probe.json").read_text())["rows"]}
+    assert {"band power", "tangent space", "EEGNet", "encoder, linear", "encoder, linear, re-centred"} <= set(rows)
+    assert all(row["windows"] == rows["band power"]["windows"] for row in rows.values() if row["scores"])
+    assert "uses the test subject's unlabelled windows" in done.stdout
+    assert "no class for each window" in call("eval.py", "probe", pretrained, work / "unlabelled.h5", status=2).stderr
 
 
 # --- bad input: one sentence, status 2, nothing half-written ---
