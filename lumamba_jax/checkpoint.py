@@ -33,6 +33,7 @@ from lumamba_jax.manifest import (
     leaves_of,
     named_leaves,
     require_same_leaves,
+    require_space,
     seal,
     unseal,
 )
@@ -104,7 +105,13 @@ def save_pretrained(
     metadata = {**describe(model_config, provenance), "leaves": leaf_records(weights)}
     seal(metadata)  # a provenance that JSON cannot hold is refused before anything is written
     with _replacing(directory) as temporary:
-        ocp.save(str(temporary / WEIGHTS_DIRECTORY), weights)
+        with on_first() as first:
+            if first:
+                require_space(temporary, sum(values.nbytes for values in weights.values()))
+        try:
+            ocp.save(str(temporary / WEIGHTS_DIRECTORY), weights)
+        except ValueError as error:  # the tree is right: this is the disk
+            raise OSError(f"{directory} could not be written: {' '.join(str(error).split())}") from error
         with on_first() as first:
             if first:
                 text = seal({**metadata, "files": file_records(temporary)})

@@ -22,6 +22,7 @@ is invertible modulo 2^64. Several changes or swaps cancel with a chance of abou
 what this is against. This is multilinear hashing (Carter & Wegman 1979) with weights that factor over the axes.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -186,6 +187,26 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_space(directory: Path, size: int) -> None:
+    """Refuse to begin what the disk cannot hold: `size` bytes under `directory` are claimed and given back.
+
+    Orbax notices a full disk in the middle, and its threads then print stacks long after. A file system that cannot
+    claim bytes passes.
+
+    Raises: OSError, as writing them would.
+    """
+    probe = directory / "space"
+    try:
+        with probe.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise OSError(error.errno, f"{size:,} bytes do not fit ({error.strerror})", str(directory)) from error
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _own_shards(leaf: Any, *, gathers: bool) -> Iterator[tuple[tuple[int, ...], Any]]:

@@ -41,6 +41,7 @@ from lumamba_jax.manifest import (
     leaves_of,
     named_leaves,
     require_same_leaves,
+    require_space,
     seal,
     unseal,
 )
@@ -122,9 +123,7 @@ class TrainCheckpoints:
         seal(content)  # progress that JSON cannot hold is the caller's error, not the disk's
         writing = self._hidden(step, _WRITING)
         try:
-            if jax.process_index() == 0:
-                shutil.rmtree(writing, ignore_errors=True)
-                writing.mkdir()
+            self._make_room(writing, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()))
             response = ocp.save_async(str(writing / STATE_DIRECTORY), leaves)
         except Exception as error:  # surfaces in wait(), at the same point on every process
             failed: Future[None] = Future()
@@ -132,6 +131,19 @@ class TrainCheckpoints:
             self._pending = step, failed
         else:
             self._pending = step, self._writer.submit(self._finish, step, content, response)
+
+    def _make_room(self, writing: Path, size: int) -> None:
+        """An empty folder `writing` on a disk that can hold `size` bytes. Raises OSError on every process."""
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                shutil.rmtree(writing, ignore_errors=True)
+                writing.mkdir()
+                require_space(writing, size)
+            except OSError as error:
+                problem = str(error)
+        if (problem := first_text(problem)) is not None:
+            raise OSError(problem)
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises OSError, once, when the last save failed on any process."""
