@@ -332,7 +332,8 @@ def hidden_errors(models: Mapping[str, LoadedModel], paths: list[Path]) -> dict[
     for path in paths:
         store = WindowStore(path)
         sources = np.array([name.split("/")[0] for name in store.subjects])
-        for source, montage in dict.fromkeys(zip(sources.tolist(), store.montage_names.tolist(), strict=True)):
+        names = np.asarray(store.montage_names).tolist()
+        for source, montage in dict.fromkeys(zip(sources.tolist(), names, strict=True)):
             rows = np.flatnonzero((sources == source) & (store.montage_names == montage))
             signal, locations = store.read(rows), store.montages[montage].locations
             mask = draw_mask(jax.random.key(0), signal.shape, ratio=0.5, patch=(1, PATCH))
