@@ -65,8 +65,8 @@ class DataSet:
 
 
 DATA_SETS = (
-    DataSet("eegmat", "eegmat, rest against mental arithmetic, 5 folds by subject", 5, 3, 12),
-    DataSet("uci", "UCI EEG database, alcoholic against control, one subject left out at a time", None, 3, 12),
+    DataSet("eegmat", "eegmat, rest against mental arithmetic, 5 folds by subject", 5, 3, 6),
+    DataSet("uci", "UCI EEG database, alcoholic against control, one subject left out at a time", None, 3, 6),
 )
 TRAINED = {
     "full fine-tuning": (),
