@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lumamba_jax.eegnet import EEGNet, EEGNetClassifier, EEGNetConfig, _limited
+from lumamba_jax.eegnet import EEGNet, EEGNetClassifier, EEGNetConfig, _filtered, _limited, _mixed
 
 SFREQ = 64.0
 
@@ -65,3 +65,11 @@ def test_bad_use_is_said():
         EEGNet(EEGNetConfig(), 4, 20, SFREQ, 2, nnx.Rngs(0))
     with pytest.raises(ValueError, match="not fitted"):
         EEGNetClassifier(2, SFREQ).predict_proba(np.zeros((1, 4, 128), np.float32))
+
+
+def test_products_are_the_convolutions_of_the_paper():
+    model = EEGNet(EEGNetConfig(), 5, 96, SFREQ, 2, nnx.Rngs(0))
+    signal = np.random.default_rng(0).standard_normal((3, 5, 96)).astype(np.float32)
+    filtered = _filtered(signal, model.temporal.kernel[...])
+    np.testing.assert_allclose(filtered, model.temporal(signal[..., None]), atol=1e-5)
+    np.testing.assert_allclose(_mixed(filtered, model.spatial.kernel[...]), model.spatial(filtered), atol=1e-5)
