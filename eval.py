@@ -20,7 +20,7 @@ import tyro
 
 from configs import scoring
 from configs.outputs import Output, by_recording, prepare_windows, store_columns, whole_recording_columns
-from configs.protocol_table import folds_of, frozen_rows, labelled, markdown
+from configs.protocol_table import folds_of, frozen_rows, labelled, markdown, pretraining_subjects
 from configs.results import check_columns_file, print_predictions, save_columns, save_predictions, save_table
 from configs.scoring import Part
 from configs.task_sheet import find_task
@@ -122,7 +122,7 @@ def run_metrics(options: Metrics) -> None:
     if options.task:
         find_task(options.task)  # a typo is refused before the work is done
     how = {"data": options.data, "part": options.part, "batch_size": options.batch_size, "resamples": options.resamples}
-    runs = [scoring.score_model(path, **how) for path in options.models]
+    runs = [scoring.score_model(path, **how, task=options.task) for path in options.models]
     notes, task = scoring.notes_on(runs), scoring.task_of(runs, options.task)
     comparison = None if task is None else scoring.compare(task, runs)
     out = options.out or _default_out(runs)
@@ -208,11 +208,14 @@ def run_probe(options: Probe) -> None:
     """Print the table of protocols, write it as JSON where asked."""
     store = open_store(options.data)
     data = labelled(store)
-    folds = folds_of(data, options.folds)
+    folds, seen = folds_of(data, options.folds), pretraining_subjects(options.model)
     rows = frozen_rows(
         data, store, {"encoder": load(options.model)}, folds, shots=options.shots, resamples=options.resamples,
-        say=lambda text: print(text, file=sys.stderr), baselines=options.baselines,
+        say=lambda text: print(text, file=sys.stderr), baselines=options.baselines, seen={"encoder": seen or ()},
     )  # fmt: skip
+    if seen is None:
+        note = "whether the encoder was pre-trained on these subjects is not known: if it was, its rows know more"
+        print(f"eval.py: {note} than they say", file=sys.stderr)
     print(markdown(rows))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from flax import nnx
 from sklearn.neighbors import KNeighborsClassifier
 
 from benchmarks.real_pretraining import CLASSES, uci_to_csv
-from configs.protocol_table import Row, folds_of, frozen_rows, labelled, markdown, scores_of
+from configs.protocol_table import Row, folds_of, frozen_rows, labelled, markdown, pretraining_subjects, scores_of
 from data_pipeline.leakage import Times
 from data_pipeline.names import Names
 from data_pipeline.splits import Split, check_leakage, split_in_time, split_random_windows
@@ -68,11 +68,12 @@ DATA_SETS = (
     DataSet("eegmat", "eegmat, rest against mental arithmetic, 5 folds by subject", 5, 3, 6),
     DataSet("uci", "UCI EEG database, alcoholic against control, one subject left out at a time", None, 3, 6),
 )
+FROM_SCRATCH = "full, from scratch"
 TRAINED = {
     "full fine-tuning": (),
     "frozen encoder, attention head": ("--trainer.freeze-encoder", "true", "--optimizer.lr", "2e-3"),
     "low-rank adapters": ("--adapters.rank", "8", "--optimizer.lr", "2e-3"),
-    "full, from scratch": ("--trainer.init-from", ""),
+    FROM_SCRATCH: ("--trainer.init-from", ""),
 }
 """Protocol -> options of train.py beside `TRAINING`."""
 TRAINING = (
@@ -179,7 +180,9 @@ def _train(
 
 def leakage_demo(data: Path) -> dict[str, Any]:
     """Eyes open or closed from single samples (emotiv_eye_state): nearest neighbours on shuffled and on later rows."""
-    (path,) = (data / "emotiv_eye_state").glob("*.csv")
+    path = next((data / "emotiv_eye_state").glob("*.csv"), None)
+    if path is None:
+        raise ValueError(f"{data} has no folder emotiv_eye_state with a CSV file")
     table = np.loadtxt(path, delimiter=",", skiprows=1)
     signal, labels, sfreq = table[:, :-1], table[:, -1].astype(int), 128.0
     count = len(labels)
@@ -217,6 +220,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     fresh = dataclasses.replace(encoder, params=nnx.split(build(encoder.config, seed=SEED))[1])
     result: dict[str, Any] = {"versions": package_versions(), "resamples": options.resamples}
     result["encoder"] = {key: encoder.metadata["provenance"].get(key) for key in ("task", "step", "data")}
+    result["leak"] = leakage_demo(options.data)
+    seen = {"pre-trained encoder": pretraining_subjects(options.encoder) or set()}
     for dataset in DATA_SETS:
         if dataset.name not in options.only:
             continue
@@ -225,11 +230,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         splits = folds_of(data, dataset.folds, seed=SEED)
         say(f"{dataset.name}: {len(data.labels)} windows, {len(np.unique(data.subjects))} subjects")
         models = {"untrained encoder": fresh, "pre-trained encoder": encoder}
-        how = {"shots": dataset.shots, "resamples": options.resamples, "say": say}
+        how = {"shots": dataset.shots, "resamples": options.resamples, "say": say, "seen": seen}
         rows = frozen_rows(data, store, models, splits, **how)
         costs = {}
         for name in TRAINED:
             row, costs[name] = trained_row(name, dataset, store, splits, encoder, options.encoder, out, options)
+            if name != FROM_SCRATCH and seen["pre-trained encoder"] & set(np.unique(data.subjects).tolist()):
+                row = dataclasses.replace(row, knows="pre-training windows")
             assert row.scores is not None
             say(f"{name}: balanced accuracy {row.scores['window']['balanced_accuracy']['value']:.3f}")
             rows.append(row)
@@ -242,7 +249,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "rows": [asdict(row) for row in rows],
             "training": costs,
         }
-    result["leak"] = leakage_demo(options.data)
+        write_json(result, options.json)
     return result
 
 
@@ -289,11 +296,12 @@ def main() -> int:
         enable_compilation_cache()
         use_cpu_cores()
         try:
-            result = run(options)
+            run(options)
         except (ValueError, OSError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
-        write_json(result, options.json)
+    elif not options.json.is_file():
+        parser.error(f"{options.json} does not exist: run the benchmark first")
     text = tables(json.loads(options.json.read_text()))
     print(text)
     if options.json == RESULTS:

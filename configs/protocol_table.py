@@ -4,11 +4,13 @@ Joins what knows nothing of each other: windows of a store, embeddings of a mode
 `data_pipeline.protocols`, scores with intervals.
 """
 
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from scipy.signal import resample_poly
@@ -28,7 +30,7 @@ from data_pipeline.protocols import (
 )
 from data_pipeline.splits import Split, leave_one_subject_out, subject_folds
 from data_pipeline.store import Store
-from lumamba_jax.eegnet import EEGNetClassifier
+from lumamba_jax.eegnet import EEGNetClassifier, EEGNetConfig
 from lumamba_jax.inference import LoadedModel
 from lumamba_jax.metrics import Predictions, evaluate
 
@@ -92,6 +94,7 @@ def frozen_rows(
     resamples: int,
     say: Callable[[str], None],
     baselines: bool = True,
+    seen: Mapping[str, Collection[str]] | None = None,
 ) -> list[Row]:
     """Every method that trains no encoder: baselines, then the probes of each of `models`, then few-shot calibration.
 
@@ -103,27 +106,43 @@ def frozen_rows(
         resamples: of the bootstrap over subjects.
         say: takes a sentence of progress for each method.
         baselines: band power, tangent space and EEGNet too.
+        seen: subjects of the unlabelled windows that each of `models` was pre-trained on (`pretraining_subjects`).
     """
     power = window_features(store, np.arange(len(store)), shared_channels(store))
     methods = baseline_methods(data, power, eegnet) if baselines else []
-    features = {name: store_columns(model, [store], "embedding")["embeddings"] for name, model in models.items()}
-    for name, own in features.items():
+    features: dict[str, np.ndarray] = {"band power": power} if baselines else {}
+    knows: dict[str, Literal["nothing", "pre-training windows"]] = {"band power": "nothing"}
+    for name, model in models.items():
+        own = features[name] = store_columns(model, [store], "embedding")["embeddings"]
         if not np.isfinite(own).all():
             raise ValueError(f"{store.path} holds windows that are not finite: audit and repair it first")
-        methods += embedding_methods(data, own, name=name)
+        known = set((seen or {}).get(name, ())) & set(np.unique(data.subjects).tolist())
+        knows[name] = "pre-training windows" if known else "nothing"
+        methods += embedding_methods(data, own, name=name, knows=knows[name])
     rows = [_row(data, method, folds, resamples, say) for method in methods]
     if shots is None:
         return rows
-    if data.has_subjects_of_one_class:
-        try:
-            calibration_splits(data, shots)
-        except ValueError as error:
-            return [*rows, Row("few-shot calibration", "labelled windows", because=str(error))]
-    splits = calibration_splits(data, shots)
-    few = [("band power", power), *features.items()] if baselines else list(features.items())
-    for name, own in few:
-        rows += [_row(data, method, splits, resamples, say) for method in few_shot_methods(data, own, name=name)]
+    try:
+        splits = calibration_splits(data, shots)
+    except ValueError as error:
+        return [*rows, Row("few-shot calibration", "labelled windows", because=str(error))]
+    for name, own in features.items():
+        few = few_shot_methods(data, own, name=name, knows=knows[name])
+        rows += [_row(data, method, splits, resamples, say) for method in few]
     return rows
+
+
+def pretraining_subjects(run: Path) -> set[str] | None:
+    """Subjects that a run trained or validated on, None where `run` is no training run.
+
+    A name such as `corpus/subject` counts as `subject` too: joined stores prefix their subjects.
+    """
+    path = run / "split.json"
+    if not path.is_file():
+        return None
+    lists = json.loads(path.read_text())
+    names = {name for part in ("train", "val", "validation") for name in lists.get(part, ())}
+    return names | {name.rpartition("/")[2] for name in names}
 
 
 def eegnet(data: Labelled, signal: np.ndarray, split: Split) -> np.ndarray:
@@ -136,7 +155,7 @@ def eegnet(data: Labelled, signal: np.ndarray, split: Split) -> np.ndarray:
         ratio = Fraction(EEGNET_SFREQ / sfreq).limit_denominator(1000)
         signal = resample_poly(signal, ratio.numerator, ratio.denominator, axis=-1).astype(np.float32)
         sfreq *= float(ratio)
-    network = EEGNetClassifier(data.num_classes, sfreq)
+    network = EEGNetClassifier(data.num_classes, sfreq, EEGNetConfig(max_epochs=60, patience=10))
     network.fit(signal[split.train], data.labels[split.train], (signal[split.val], data.labels[split.val]))
     return network.predict_proba(signal[split.test]).astype(np.float64)
 
@@ -157,7 +176,11 @@ def _row(data: Labelled, method: Method, folds: Sequence[Split], resamples: int,
     if method.fit is None:
         return Row(method.name, method.knows, because=method.because)
     started = time.perf_counter()
-    rows, probabilities = out_of_fold(folds, method.fit)
+    try:
+        rows, probabilities = out_of_fold(folds, method.fit)
+    except ValueError as error:  # too few subjects or classes for this method
+        say(f"{method.name}: not used, {error}")
+        return Row(method.name, method.knows, because=str(error))
     scores = scores_of(data, rows, probabilities, resamples)
     value = scores["window"]["balanced_accuracy"]["value"]
     say(f"{method.name}: balanced accuracy {value:.3f} ({time.perf_counter() - started:.0f} s)")
@@ -169,6 +192,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = ["| method | windows | balanced accuracy | AUROC | AUROC of subjects |", "|---|---|---|---|---|"]
     titles = {
         "nothing": "knows nothing of the test subject",
+        "pre-training windows": "the encoder was pre-trained on unlabelled windows of test subjects",
         "unlabelled windows": "uses the test subject's unlabelled windows",
         "labelled windows": "uses labelled windows of the test subject",
     }

@@ -84,16 +84,19 @@ def adapted_prototypes(
     centre, scale = train_features.mean(0), train_features.std(0) + 1e-9
     train, test = (train_features - centre) / scale, (test_features - centre) / scale
     probabilities = probe(train_features, train_labels, test_features, num_classes, train_subjects=train_subjects)
-    prototypes = np.stack([train[train_labels == k].mean(0) for k in range(num_classes)])
-    spread = np.mean([((train[train_labels == k] - prototypes[k]) ** 2).sum(1).mean() for k in range(num_classes)])
+    known = np.unique(train_labels)  # a class without training windows keeps probability 0
+    prototypes = np.stack([train[train_labels == k].mean(0) for k in known])
+    spread = np.mean(
+        [((train[train_labels == k] - own) ** 2).sum(1).mean() for k, own in zip(known, prototypes, strict=True)]
+    )
     for subject in np.unique(test_subjects):
         own = np.flatnonzero(test_subjects == subject)
         for _ in range(rounds):
-            moved = _moved(prototypes, test[own], probabilities[own], confident)
+            moved = _moved(prototypes, test[own], probabilities[np.ix_(own, known)], confident)
             distance = ((test[own][:, None] - moved[None]) ** 2).sum(-1)
             logits = -distance / (2 * spread / np.sqrt(test.shape[1]))
             logits -= logits.max(1, keepdims=True)
-            probabilities[own] = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            probabilities[np.ix_(own, known)] = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     return probabilities
 
 

@@ -17,7 +17,8 @@ from data_pipeline.band_power import classify
 from data_pipeline.leakage import Times
 from data_pipeline.splits import Split, few_shot
 
-Knows = Literal["nothing", "unlabelled windows", "labelled windows"]
+Knows = Literal["nothing", "pre-training windows", "unlabelled windows", "labelled windows"]
+"""Of a test subject; "pre-training windows" = the encoder was pre-trained on unlabelled windows of test subjects."""
 Fit = Callable[[Split], np.ndarray]
 
 
@@ -72,10 +73,15 @@ def fitted_rows(split: Split) -> np.ndarray:
     return np.sort(np.concatenate([split.train, split.val]))
 
 
-def embedding_methods(data: Labelled, features: np.ndarray, *, name: str) -> list[Method]:
-    """Probes of features `(n, D)`, as they are and adapted to the test subject by its unlabelled windows."""
+def embedding_methods(
+    data: Labelled, features: np.ndarray, *, name: str, knows: Literal["nothing", "pre-training windows"] = "nothing"
+) -> list[Method]:
+    """Probes of features `(n, D)`, as they are and adapted to the test subject by its unlabelled windows.
+
+    `knows` says whether the encoder was pre-trained on unlabelled windows of test subjects.
+    """
     found = [
-        Method(f"{name}, {probe}", "nothing", _probe_fit(data, lambda _: features, fit))
+        Method(f"{name}, {probe}", knows, _probe_fit(data, lambda _: features, fit))
         for probe, fit in probes.PROBES.items()
     ]
     changed: dict[str, Callable[[Split], np.ndarray]] = {
@@ -149,7 +155,9 @@ def calibration_splits(data: Labelled, shots: int, *, seed: int = 0) -> list[Spl
     ]
 
 
-def few_shot_methods(data: Labelled, features: np.ndarray, *, name: str) -> list[Method]:
+def few_shot_methods(
+    data: Labelled, features: np.ndarray, *, name: str, knows: Literal["nothing", "pre-training windows"] = "nothing"
+) -> list[Method]:
     """Linear probes for `calibration_splits`: the shots not used, added to the training, and used for the centre too.
 
     All are scored on the same windows, so that the first says what the other two gain.
@@ -172,7 +180,7 @@ def few_shot_methods(data: Labelled, features: np.ndarray, *, name: str) -> list
         return _classified(data, values, rows, split.test)
 
     return [
-        Method(f"{name}, linear, shots not used", "nothing", without),
+        Method(f"{name}, linear, shots not used", knows, without),
         Method(f"{name}, linear, shots added", "labelled windows", added),
         Method(f"{name}, linear, shots added and centred on", "labelled windows", centred),
     ]

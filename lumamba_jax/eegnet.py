@@ -126,6 +126,8 @@ class EEGNetClassifier:
         """
         if len(signal_uv) < 2:
             raise ValueError(f"EEGNet needs at least 2 training windows, found {len(signal_uv)}")
+        if not len(validation[0]):
+            raise ValueError("EEGNet needs validation windows of other subjects, to know when to stop: there are none")
         config = self._config
         centred = signal_uv - signal_uv.mean(-1, keepdims=True)
         self._scale = np.maximum(centred.std(axis=(0, 2), keepdims=True), 1e-6).astype(np.float32)[0]
