@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,7 @@ from data_pipeline.splits import (
 from data_pipeline.store import Store
 from data_pipeline.window_hashes import NO_SIGNAL
 from lumamba_jax.architectures import ModelConfig
+from lumamba_jax.femba import FembaConfig
 
 PARTS = ("train", "validation", "test")
 
@@ -168,8 +170,17 @@ def resolve(config: ExperimentConfig, windows: Windows) -> ExperimentConfig:
             found, names = windows.num_outputs, ", ".join(windows.class_names or [])
             raise ValueError(f"model.num_outputs is {model.num_outputs}, but the labels have {found} ({names})")
     check_windows(model, windows)
-    loader = dataclasses.replace(config.loader, patch_size=model.patch_size)
+    loader = dataclasses.replace(config.loader, patch_size=loader_patch(model))
     return dataclasses.replace(config, model=model, loader=loader)
+
+
+def loader_patch(model: ModelConfig) -> int:
+    """The `patch_size` of the loader: samples per entry of its `patch_mask`, of which it fills whole ones only.
+
+    The model's patch, but for a FEMBA whose windows are no multiple of it: the rest at their end is not read, and a
+    fixed grid knows no padding for a mask to tell, so the entries need only divide the window.
+    """
+    return math.gcd(model.patch_size, model.num_samples) if isinstance(model, FembaConfig) else model.patch_size
 
 
 def check_windows(model: ModelConfig, windows: Windows) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from configs.data import loader_patch
 from data_pipeline.loader import Batches, LoaderConfig, make_dataset
 from data_pipeline.prepare import PrepareConfig, prepare
 from data_pipeline.preprocess import preprocess
@@ -57,7 +58,7 @@ def evaluation_batches(model: LoadedModel, stores: Sequence[Store], *, batch_siz
     if not isinstance(model.config, FembaConfig):  # a fixed grid is never padded
         shapes = {"grouping": "padded", "channel_buckets": padded_sizes([channels for channels, _ in sizes])}
         shapes["time_buckets"] = tuple(sorted({samples for _, samples in sizes}))
-    loader = LoaderConfig(batch_size=whole_blocks(batch_size), patch_size=model.config.patch_size, **shapes)
+    loader = LoaderConfig(batch_size=whole_blocks(batch_size), patch_size=loader_patch(model.config), **shapes)
     return make_dataset(list(stores), None, loader.for_evaluation())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.data import Windows, check_windows, open_windows
+from configs.data import Windows, check_windows, loader_patch, open_windows
 from configs.outputs import check_rate
 from configs.results import baseline_predictions, kind_of, predictions_of, score
 from configs.schema import DataConfig, ExperimentConfig, differences, from_mapping, read_yaml
@@ -68,7 +68,7 @@ def score_model(path: Path, *, data: Sequence[Path], part: Part, batch_size: int
     config = read_yaml(path / "config.yaml") if (path / "config.yaml").is_file() else None
     windows, part = _labelled_windows(path, config, data, part)
     _check_fits(model, provenance, windows)
-    loader = LoaderConfig(batch_size=batch_size, patch_size=model.patch_size, grouping="padded")
+    loader = LoaderConfig(batch_size=batch_size, patch_size=loader_patch(model), grouping="padded")
     mesh = make_mesh(MeshConfig(devices=1))
     eval_step = make_eval_step(model, make_task(task_config, model), mesh, seed=0)
     evaluation = evaluate(eval_step, params, windows.batches(part, loader.for_evaluation()), mesh)

@@ -31,7 +31,8 @@ class LoaderConfig:
 
     Attributes:
         batch_size: windows per step over all hosts.
-        patch_size: samples per patch of the model; every window length must be a multiple of it.
+        patch_size: samples per entry of `patch_mask`, usually a patch of the model; every window length must be a
+            multiple of it.
         seed: decides permutations and augmentation draws.
         shuffle: a new permutation of each bucket every epoch; False = stored order.
         drop_remainder: leave out the windows of an epoch that do not fill a batch (others every epoch); False = fill
