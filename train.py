@@ -21,7 +21,16 @@ import numpy as np
 import configs
 from configs import ExperimentConfig
 from configs.data import Windows, open_windows, resolve
-from configs.results import SHOWN, baseline_predictions, kind_of, predictions_of, print_table, save_predictions, score
+from configs.results import (
+    SHOWN,
+    baseline_predictions,
+    kind_of,
+    origin_of,
+    predictions_of,
+    print_table,
+    save_predictions,
+    score,
+)
 from configs.run_directory import facts, open_run_directory
 from configs.task_sheet import deviations, find_task
 from data_pipeline.loader import Batches
@@ -390,18 +399,22 @@ class Run:
             "class_names": self.windows.class_names,
             "sfreq": store.sfreq,
             "n_times": store.n_times,
+            **self.windows.preparation,
             "evaluation_task": self.config.data.evaluation_task or None,
             "split": self.windows.split.digest,
             "initialized_from": self.config.trainer.init_from or None,
             **({"adapters": configs.to_mapping(self.config.adapters)} if self.adapted else {}),
-            **self._licence_of_origin(),
+            **self._origin(),
         }
 
-    def _licence_of_origin(self) -> dict[str, str]:
-        """The licence note of the weights that training started from: it holds for what they become."""
-        source = self.config.trainer.init_from
-        origin = read_metadata(source)["provenance"] if source else {}
-        return {key: origin[key] for key in ("licence", "licence_note") if origin.get(key)}
+    def _origin(self) -> dict[str, Any]:
+        """The weights that training started from, and their licence note: it holds for what they become."""
+        if not self.config.trainer.init_from:
+            return {}
+        metadata = read_metadata(self.config.trainer.init_from)
+        own = metadata["provenance"]
+        kept = {key: own[key] for key in ("licence", "licence_note") if own.get(key)}
+        return {"origin": origin_of(metadata), **kept}
 
     def score_best(self, watchdog: Watchdog) -> dict[str, dict[str, float]]:
         """Metrics of the best model on validation and test, with the baseline beside; predictions are saved.

@@ -8,8 +8,8 @@ from pathlib import Path
 import tyro
 
 from configs.schema import DataConfig, ExperimentConfig, TrainerConfig, from_mapping, read_yaml, to_mapping, write_yaml
-from configs.task_presets import load_task_preset, pattern, task_preset_names
 
+# `task_presets` is imported where it is used: `python -m configs.task_sheet` must find its own module not yet imported.
 __all__ = [
     "DataConfig",
     "ExperimentConfig",
@@ -30,6 +30,8 @@ def preset_names() -> list[str]:
 
 def load(name: str) -> ExperimentConfig:
     """A preset by name, or any YAML file by path. Raises ValueError with the closest preset when there is none."""
+    from configs.task_presets import load_task_preset, task_preset_names
+
     path = Path(__file__).parent / f"{name}.yaml"
     if name in preset_names():
         return read_yaml(path)
@@ -48,6 +50,8 @@ def cli(arguments: Sequence[str], program: str) -> ExperimentConfig:
     Raises: ValueError for an unknown preset or contradictory values. Unknown options and malformed values are reported
         by tyro with the closest known ones, exit status 2.
     """
+    from configs.task_presets import pattern
+
     if not arguments or arguments[0].startswith("-"):
         wants_help = bool({"-h", "--help"} & set(arguments))
         print(f"usage: {program} PRESET [--section.field value ...]")

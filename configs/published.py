@@ -1,8 +1,8 @@
 """Published results, as their papers print them: what `configs.task_sheet` sets beside ours.
 
 One table per task; a row is a model, its scores in the order of the header ("value" or "value ± spread", "-" where
-nothing was published, per cent where the header says so), and after a semicolon what sets the row apart. Claims are
-the task sheet's, unless the row's remark begins with one.
+nothing was published, per cent where the header says so), and after a semicolon what sets the row apart; `others` is
+what sets all models outside the family apart. Claims are the task sheet's, unless a remark begins with a lower one.
 """
 
 from dataclasses import dataclass, field
@@ -34,12 +34,14 @@ class Published:
     level: Level | None = None
 
 
-_FAMILY = "LuMamba: arXiv 2603.19100, its model card, the blog post at thorirmar.com"
+FAMILY = ("LuMamba", "LUNA", "FEMBA")
+"""First words of the models of one code base: same windows, same scores."""
+_LUMAMBA = "LuMamba: arXiv 2603.19100, its model card, the blog post at thorirmar.com"
 _LUNA = "LUNA, arXiv 2510.22257"
 _FEMBA = "FEMBA, arXiv 2502.06438"
 
 
-def _table(columns: str, source: str, text: str) -> tuple[Published, ...]:
+def _table(columns: str, source: str, text: str, *, others: str = "") -> tuple[Published, ...]:
     names = columns.split()
     rows = []
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -52,9 +54,11 @@ def _table(columns: str, source: str, text: str) -> tuple[Published, ...]:
             for name, cell in zip(names, cells, strict=True)
             if cell != "-"
         }
+        if not model.startswith(FAMILY):
+            remark = "; ".join(filter(None, (others, remark)))
         level = next((level for level in get_args(Level) if remark.startswith(f"{level}: ")), None)
         remark = remark.removeprefix(f"{level}: ") if level else remark
-        own = _FAMILY if model.startswith("LuMamba") else source
+        own = _LUMAMBA if model.startswith("LuMamba") else source
         rows.append(Published(model, scores, own, remark, level))
     return tuple(rows)
 
@@ -95,6 +99,7 @@ TUAB = _table(
     LUNA huge         | 81.57 ± 0.11 | 0.9029 ± 0.0014 | 0.8957 ± 0.0011
     LuMamba tiny      | 80.99        | 0.892  | 0.883  ; mixed objective; AUROC 0.8825 where four digits are given
     """,
+    others="indicative: the length of its windows is not stated here",
 )
 
 TUAR_FAMILIES = _table(
@@ -194,7 +199,7 @@ SEED_V = _table(
 
 MUMTAZ2016 = _table(
     "balanced_accuracy aupr auroc",
-    "table 10 of CBraMod, arXiv 2412.07236, as quoted in table 19 of NeurIPT; subjects 24+19, 5+4, 5+5",
+    "table 10 of CBraMod, arXiv 2412.07236, as quoted in table 19 of NeurIPT",
     """
     EEGNet          | 0.9232 | 0.9626 | 0.9639
     EEGConformer    | 0.9308 | 0.9684 | 0.9702
@@ -208,6 +213,7 @@ MUMTAZ2016 = _table(
     CBraMod         | 0.9560 | 0.9923 | 0.9921 ; public re-runs: balanced accuracy 0.88 to 0.90
     LuMamba tiny    | 0.72   | 0.952  | 0.931  ; mixed objective; subjects 23+19, 5+4, 5+4
     """,
+    others="not comparable: subjects 24+19, 5+4, 5+5",
 )
 
 _MEDFORMER = "Medformer, arXiv 2405.19363, and TeCh (ICLR 2026)"
@@ -216,38 +222,40 @@ APAVA = _table(
     "accuracy% f1_macro% auroc% aupr%",
     _MEDFORMER,
     """
-    Autoformer                | 68.64 | 68.06 | 75.94 | 74.38 ; not comparable: samples of 1 s
-    FEDformer                 | 74.94 | 73.51 | 83.72 | 82.94 ; not comparable: samples of 1 s
-    Informer                  | 73.11 | 69.47 | 70.46 | 70.75 ; not comparable: samples of 1 s
-    iTransformer              | 74.55 | 72.30 | 85.59 | 84.39 ; not comparable: samples of 1 s
-    MTST                      | 71.14 | 64.01 | 68.87 | 71.06 ; not comparable: samples of 1 s
-    Nonstationary Transformer | 71.89 | 69.74 | 70.55 | 70.78 ; not comparable: samples of 1 s
-    PatchTST                  | 67.03 | 55.97 | 65.65 | 67.99 ; not comparable: samples of 1 s
-    Reformer                  | 78.70 | 75.93 | 73.94 | 76.04 ; not comparable: samples of 1 s
-    Transformer               | 76.30 | 73.75 | 72.50 | 73.23 ; not comparable: samples of 1 s
-    Medformer                 | 78.74 | 76.31 | 83.20 | 83.66 ; not comparable: samples of 1 s
-    TeCh                      | 86.86 | 86.30 | 94.02 | 93.79 ; not comparable: samples of 1 s
+    Autoformer                | 68.64 | 68.06 | 75.94 | 74.38
+    FEDformer                 | 74.94 | 73.51 | 83.72 | 82.94
+    Informer                  | 73.11 | 69.47 | 70.46 | 70.75
+    iTransformer              | 74.55 | 72.30 | 85.59 | 84.39
+    MTST                      | 71.14 | 64.01 | 68.87 | 71.06
+    Nonstationary Transformer | 71.89 | 69.74 | 70.55 | 70.78
+    PatchTST                  | 67.03 | 55.97 | 65.65 | 67.99
+    Reformer                  | 78.70 | 75.93 | 73.94 | 76.04
+    Transformer               | 76.30 | 73.75 | 72.50 | 73.23
+    Medformer                 | 78.74 | 76.31 | 83.20 | 83.66
+    TeCh                      | 86.86 | 86.30 | 94.02 | 93.79
     LuMamba tiny              | -     | -     | 95.5  | 97.0  ; mixed objective
     """,
+    others="not comparable: samples of 1 s",
 )
 
 TDBRAIN = _table(
     "accuracy% f1_macro% auroc% aupr%",
     _MEDFORMER,
     """
-    Autoformer                | 87.33 | 87.26 | 93.81 | 93.32 ; not comparable: samples of 1 s
-    FEDformer                 | 78.13 | 78.04 | 86.56 | 86.48 ; not comparable: samples of 1 s
-    Informer                  | 89.02 | 88.98 | 96.64 | 96.75 ; not comparable: samples of 1 s
-    iTransformer              | 74.67 | 74.65 | 83.37 | 83.73 ; not comparable: samples of 1 s
-    MTST                      | 76.96 | 76.88 | 85.27 | 82.81 ; not comparable: samples of 1 s
-    Nonstationary Transformer | 87.88 | 87.78 | 97.05 | 96.99 ; not comparable: samples of 1 s
-    PatchTST                  | 79.25 | 79.20 | 87.95 | 86.36 ; not comparable: samples of 1 s
-    Reformer                  | 87.92 | 87.85 | 96.30 | 96.40 ; not comparable: samples of 1 s
-    Transformer               | 87.17 | 87.10 | 96.28 | 96.34 ; not comparable: samples of 1 s
-    Medformer                 | 89.62 | 89.62 | 96.41 | 96.51 ; not comparable: samples of 1 s
-    TeCh                      | 93.21 | 93.20 | 98.68 | 98.72 ; not comparable: samples of 1 s
+    Autoformer                | 87.33 | 87.26 | 93.81 | 93.32
+    FEDformer                 | 78.13 | 78.04 | 86.56 | 86.48
+    Informer                  | 89.02 | 88.98 | 96.64 | 96.75
+    iTransformer              | 74.67 | 74.65 | 83.37 | 83.73
+    MTST                      | 76.96 | 76.88 | 85.27 | 82.81
+    Nonstationary Transformer | 87.88 | 87.78 | 97.05 | 96.99
+    PatchTST                  | 79.25 | 79.20 | 87.95 | 86.36
+    Reformer                  | 87.92 | 87.85 | 96.30 | 96.40
+    Transformer               | 87.17 | 87.10 | 96.28 | 96.34
+    Medformer                 | 89.62 | 89.62 | 96.41 | 96.51
+    TeCh                      | 93.21 | 93.20 | 98.68 | 98.72
     LuMamba tiny              | -     | -     | 96.1  | 96.0  ; mixed objective
     """,
+    others="not comparable: samples of 1 s",
 )
 
 MOBI = _table("r2 rmse pearson", "", "LuMamba tiny | 0.116 | 0.1482 | 0.38 ; reconstruction only")

@@ -1,8 +1,11 @@
 """What a supervised run hands back: predictions on disk, the baseline on the same windows, a table of scores."""
 
 import csv
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,6 +20,25 @@ from lumamba_jax.training import Evaluation
 # The scores a table shows, when a result has them; the JSON files hold all.
 SHOWN = ("loss", "balanced_accuracy", "auroc", "aupr", "kappa", "f1_weighted", "accuracy", "r2", "rmse", "pearson")
 SHOWN += ("masked", "unmasked", "query", "similarity", "sigreg")
+
+
+def weights_digest(metadata: Mapping[str, Any]) -> str | None:
+    """First 16 hex digits of the SHA-256 of an export's checksums; None for exports of versions that wrote none."""
+    leaves = metadata.get("leaves")
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16] if leaves else None
+
+
+def origin_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What an export's weights are: their digest, the objective of the pre-training, name and hash of converted files.
+
+    A fine-tuned model has the objective and the files of its own origin.
+    """
+    provenance = metadata["provenance"]
+    task, files = provenance.get("task", {}), provenance.get("sources", [provenance])
+    pretrained = {"objective": task["objective"]} if task.get("kind") == "pretrain" else {}
+    converted = {key: [one[key] for one in files if one.get(key)] for key in ("file", "sha256")}
+    found = {key: ", ".join(values) for key, values in converted.items() if values}
+    return {**provenance.get("origin", {}), **pretrained, **found, "weights": weights_digest(metadata)}
 
 
 def predictions_of(evaluation: Evaluation, windows: Windows) -> metrics.Predictions:
@@ -97,29 +119,63 @@ def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:
     Console().print(table)
 
 
-def save_table(path: Path, columns: Mapping[str, np.ndarray], class_names: list[str] | None) -> None:
-    """Write predictions as CSV, a row per window and a column per class; complete or not at all."""
-    names = class_names or [f"output_{k}" for k in range(columns["predictions"].shape[1])]
+def save_table(
+    path: Path,
+    columns: Mapping[str, np.ndarray],
+    class_names: list[str] | None,
+    channel_names: list[str] | None = None,
+) -> None:
+    """Write predictions `(n, K)` or `(n, C, K)` as CSV, a row per window; complete or not at all.
+
+    A column per class, or `CHANNEL CLASS` per channel and class.
+    """
+    predictions = columns["predictions"]
+    names = _output_names(predictions.shape[1:], class_names, channel_names)
     others = [name for name in columns if name != "predictions"]
-    rows = zip(*(columns[name].tolist() for name in others), columns["predictions"].tolist(), strict=True)
+    values = predictions.reshape(len(predictions), -1).tolist()
+    labels = {name: columns[name].reshape(len(predictions), -1) for name in others}
+    titles = [name if own.shape[1] == 1 else f"{name}_{k}" for name, own in labels.items() for k in range(own.shape[1])]
+    rows = zip(*(own.tolist() for own in labels.values()), values, strict=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with temporary.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow([*others, *names])
-            writer.writerows([*row[:-1], *row[-1]] for row in rows)
+            writer.writerow([*titles, *names])
+            writer.writerows([value for part in row for value in part] for row in rows)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def print_predictions(recordings: Mapping[str, np.ndarray], class_names: list[str] | None) -> None:
-    """Print the mean prediction of each recording (`configs.outputs.by_recording`)."""
-    names = class_names or [f"output {k}" for k in range(recordings["predictions"].shape[1])]
+def print_predictions(
+    recordings: Mapping[str, np.ndarray], class_names: list[str] | None, channel_names: list[str] | None = None
+) -> None:
+    """Print the mean prediction of each recording (`configs.outputs.by_recording`).
+
+    With predictions for each channel a row per recording and channel: no terminal holds a column for each.
+    """
+    means = recordings["predictions"]
+    per_channel = means.ndim == 3
+    classes = _output_names(means.shape[-1:], class_names, None if per_channel else channel_names)
+    channels = _output_names(means.shape[1:2], None, channel_names, what="channel") if per_channel else [""]
     table = Table(title="mean over the windows of each recording", title_justify="left")
-    for name in ("recording", "windows", *names):
-        table.add_column(name, justify="left" if name == "recording" else "right")
-    for name, count, values in zip(*(recordings[key] for key in ("recording", "windows", "predictions")), strict=True):
-        table.add_row(str(name), str(count), *(f"{value:.3f}" for value in values))
+    for name in ("recording", "windows", *(["channel"] if per_channel else []), *classes):
+        table.add_column(name, justify="left" if name in ("recording", "channel") else "right")
+    means = means.reshape(len(means), len(channels), -1)
+    for name, count, rows in zip(recordings["recording"], recordings["windows"], means, strict=True):
+        for channel, values in zip(channels, rows, strict=True):
+            own = [channel] if per_channel else []
+            table.add_row(str(name), str(count), *own, *(f"{value:.3f}" for value in values))
     Console().print(table)
+
+
+def _output_names(
+    shape: tuple[int, ...], class_names: list[str] | None, channel_names: list[str] | None, *, what: str = "output"
+) -> list[str]:
+    """A name for each output of `shape` (K,), (C,) or (C, K): of classes and channels where known, else numbers."""
+    if len(shape) == 2:
+        channels = _output_names(shape[:1], None, channel_names, what="channel")
+        return [f"{channel} {name}" for channel in channels for name in _output_names(shape[1:], class_names, None)]
+    known = [names for names in (class_names, channel_names) if names and len(names) == shape[0]]
+    return list(known[0]) if known else [f"{what}_{k}" for k in range(shape[0])]

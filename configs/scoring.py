@@ -1,8 +1,6 @@
 """Scores of fine-tuned models on labelled windows, of one run or several, beside published results; JSON and a page."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +8,9 @@ from typing import Any, Literal
 
 from configs.data import Windows, check_windows, loader_patch, open_windows
 from configs.outputs import check_rate
-from configs.results import baseline_predictions, kind_of, predictions_of, score
-from configs.schema import DataConfig, ExperimentConfig, differences, from_mapping, read_yaml
-from configs.task_sheet import EvaluationTask, claim_of, deviations, find_task, format_score
+from configs.results import baseline_predictions, kind_of, predictions_of, score, weights_digest
+from configs.schema import DataConfig, ExperimentConfig, differences, from_mapping, read_yaml, to_mapping
+from configs.task_sheet import TASKS, EvaluationTask, claim_of, deviations, find_task, format_score, stated_parts
 from data_pipeline.loader import LoaderConfig
 from lumamba_jax import metrics, report
 from lumamba_jax.architectures import ModelConfig
@@ -53,9 +51,12 @@ class Scored:
         return self.report.kind
 
 
-def score_model(path: Path, *, data: Sequence[Path], part: Part, batch_size: int, resamples: int) -> Scored:
+def score_model(
+    path: Path, *, data: Sequence[Path], part: Part, batch_size: int, resamples: int, task: str | None = None
+) -> Scored:
     """Run a fine-tuned model over a part of its own split, or over other labelled stores `data`, and score it.
 
+    `task` of the sheet, default as the run records, names the outputs of a regression.
     In float32, as the published code tests, whatever the training computed in. Raises: ValueError, one sentence, for a
     model without predictions, or windows that do not fit it or were trained on.
     """
@@ -73,9 +74,34 @@ def score_model(path: Path, *, data: Sequence[Path], part: Part, batch_size: int
     eval_step = make_eval_step(model, make_task(task_config, model), mesh, seed=0)
     evaluation = evaluate(eval_step, params, windows.batches(part, loader.for_evaluation()), mesh)
     predictions, kind, names = _decided(predictions_of(evaluation, windows), task_config, windows)
-    found = metrics.evaluate(predictions, kind, class_names=names, n_resamples=resamples)
-    facts = _facts(model, metadata, config, windows)
-    return Scored(path, part, windows, predictions, found, facts, config, provenance.get("evaluation_task"))
+    recorded = provenance.get("evaluation_task")
+    found = _score(predictions, kind, names, recorded if task is None else task, resamples)
+    facts = _facts(model, metadata, config, windows, part)
+    return Scored(path, part, windows, predictions, found, facts, config, recorded)
+
+
+def _score(
+    predictions: metrics.Predictions, kind: metrics.Kind, names: list[str] | None, task: str | None, resamples: int
+) -> metrics.Report:
+    """All scores; where a task tells measured targets from others (data.md Q17), also those of the measured ones."""
+    sheet = TASKS.get(task or "")
+    outputs = sheet.output_names if sheet is not None and kind == "regression" else ()
+    if sheet is None or len(outputs) != predictions.logits.shape[-1]:
+        return metrics.evaluate(predictions, kind, class_names=names, n_resamples=resamples)
+    found = metrics.evaluate(predictions, kind, class_names=outputs, n_resamples=resamples)
+    if sheet.measured is None:
+        return found
+    own = predictions.of_outputs(slice(sheet.measured))
+    measured = metrics.evaluate(own, kind, class_names=outputs[: sheet.measured], n_resamples=resamples)
+    levels = {
+        name: dataclasses.replace(
+            level,
+            metrics=level.metrics | {f"{key}_measured": one for key, one in measured.levels[name].metrics.items()},
+        )
+        for name, level in found.levels.items()
+    }
+    note = f"_measured: of {', '.join(outputs[: sheet.measured])}; the other outputs are predictions of another model"
+    return dataclasses.replace(found, levels=levels, notes=[*found.notes, note])
 
 
 def _decided(
@@ -98,7 +124,8 @@ def _labelled_windows(
     """The run's own part, or other stores as the test part: then their subjects must not be the training subjects."""
     stores = tuple(map(str, data))
     if config is not None:
-        fixed = {"num_folds": None, "fold": None, "split_file": str(path / "split.json")}
+        drawn = {"num_folds": None, "fold": None, "leave_out": "", "few_shot": None}  # all of it is in the split file
+        fixed = drawn | {"split_file": str(path / "split.json")}
         changes = fixed | ({"test": stores} if stores else {})
         return open_windows(dataclasses.replace(config.data, **changes), labelled=True), "test" if stores else part
     if not stores:
@@ -120,19 +147,24 @@ def _check_fits(model: ModelConfig, provenance: Mapping[str, Any], windows: Wind
 
 
 def _facts(
-    model: ModelConfig, metadata: Mapping[str, Any], config: ExperimentConfig | None, windows: Windows
+    model: ModelConfig, metadata: Mapping[str, Any], config: ExperimentConfig | None, windows: Windows, part: Part
 ) -> dict[str, Any]:
-    """What recipes 8 asks to be stated with every score."""
-    leaves = json.dumps(metadata.get("leaves"), sort_keys=True).encode()
+    """What recipes 8 asks to be stated with every score; the report says at which level each score is."""
+    provenance = metadata["provenance"]
+    keys = ("corpus", "part", "options", "split")
+    stores = [store.info.provenance for store, _ in windows.pairs(part)]
     return {
         "architecture": model.architecture,
         "head": model.head,
         "num_parameters": metadata["num_parameters"],
-        "weights": hashlib.sha256(leaves).hexdigest()[:16] if metadata.get("leaves") else None,
-        "initialized_from": metadata["provenance"].get("initialized_from"),
+        "weights": weights_digest(metadata),
+        "initialized_from": provenance.get("initialized_from"),
+        "origin": provenance.get("origin"),
         "seed": None if config is None else config.trainer.seed,
         "recipe": None if config is None else config.optimizer.recipe,
         "montages": sorted({name for store in windows.stores for name in store.montages}),
+        "stores": [{key: own[key] for key in (*keys, "stores") if key in own} for own in stores],
+        "old_files": None if config is None else to_mapping(config.data.old_files),
     }
 
 
@@ -160,15 +192,22 @@ def notes_on(runs: Sequence[Scored]) -> list[str]:
     metrics.require_same_windows({name: run.predictions for name, run in zip(names, runs, strict=True)})
     if len({run.kind for run in runs}) > 1 or len({tuple(run.report.class_names) for run in runs}) > 1:
         raise ValueError(f"{', '.join(names)} decide different things: there is no mean over them")
-    notes = []
-    for name, run in zip(names[1:], runs[1:], strict=True):
-        if run.config is not None and runs[0].config is not None:
-            changed = [text for key, text in differences(runs[0].config, run.config) if key not in _OF_ONE_RUN]
-            notes += [f"{name} differs from {names[0]}: {'; '.join(changed)}"] if changed else []
+    notes = [
+        f"{name} differs from {names[0]}: {'; '.join(changed)}"
+        for name, run in zip(names[1:], runs[1:], strict=True)
+        if (changed := _differences(runs[0], run))
+    ]
     seeds = [run.facts["seed"] for run in runs]
     if len(runs) > 1 and None not in seeds and len(set(seeds)) < len(seeds):
         notes.append(f"the seeds are {', '.join(map(str, seeds))}: runs of one seed are no independent repeats")
     return notes
+
+
+def _differences(first: Scored, other: Scored) -> list[str]:
+    """In what else than the seed two runs differ, as far as both have a configuration."""
+    if first.config is None or other.config is None:
+        return []
+    return [text for key, text in differences(first.config, other.config) if key not in _OF_ONE_RUN]
 
 
 def result_of(
@@ -210,6 +249,9 @@ class Comparison:
         reference = [self._reference(name) for name in self.task.metrics]
         if any(f"{name}_reference" in self.ours for name in self.task.metrics):
             rows.append([f"{label}, scored as the released code does", *map(_cell, reference), "", ""])
+        measured = [self.ours.get(f"{name}_measured") for name in self.task.metrics]
+        if any(measured):
+            rows.append([f"{label}, {self.task.measured} measured outputs", *map(_cell, measured), "", ""])
         for row in self.task.published:
             claim = "not comparable" if self.claim == "not comparable" else (row.level or self.claim)
             source = f"{row.source} ({row.remark})" if row.remark else row.source
@@ -222,10 +264,12 @@ class Comparison:
             "task": self.task.name,
             "claim": self.claim,
             "reason": self.reason,
+            "level": "window",
             "notes": list(self.notes),
             "metrics": list(self.task.metrics),
             "ours": {name: _plain(self.ours.get(name)) for name in self.task.metrics},
             "ours_reference": {name: _plain(self._reference(name)) for name in self.task.metrics},
+            "ours_measured": {name: _plain(self.ours.get(f"{name}_measured")) for name in self.task.metrics},
             "published": [dataclasses.asdict(row) for row in self.task.published],
         }
 
@@ -246,10 +290,19 @@ def task_of(runs: Sequence[Scored], asked: str | None) -> EvaluationTask | None:
 
 def compare(task: EvaluationTask, runs: Sequence[Scored]) -> Comparison:
     """Scores of the runs beside those of the task. Raises ValueError when the stores hold another task's labels."""
-    notes = deviations(task, runs[0].windows.stores)
+    notes = list(dict.fromkeys(note for run in runs for note in deviations(task, run.windows.stores)))
     ours = metrics.over_runs([run.report for run in runs])["window"]
-    counted = {"part": runs[0].part, "windows": len(runs[0].predictions), "runs": len(runs)}
-    claim, reason = claim_of(task, **counted, deviating=notes)
+    stores = [store for run in runs for store, _ in run.windows.pairs(run.part)]
+    seeds = {run.config.trainer.seed for run in runs if run.config is not None}
+    claim, reason = claim_of(
+        task,
+        part=runs[0].part,
+        windows=len(runs[0].predictions),
+        seeds=len(seeds),
+        stated=stated_parts(stores),
+        deviating=notes,
+        alike=all(run.config is not None and not _differences(runs[0], run) for run in runs[1:]),
+    )
     return Comparison(task, claim, reason, ours, notes)
 
 
@@ -310,9 +363,17 @@ def page_of(
 
 def _page_facts(run: Scored) -> dict[str, str]:
     counted = f"{len(run.predictions):,} of {run.report.n_subjects} subjects"
-    facts = {name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in run.facts.items()}
-    shown = {name.replace("_", " "): text for name, text in facts.items() if text != "None"}
+    shown = {name.replace("_", " "): text for name, value in run.facts.items() if (text := _text(value))}
     return shown | {"windows": counted, "split": run.windows.split.digest}
+
+
+def _text(value: Any) -> str:
+    """A fact in words; empty for nothing."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {text}" for key, item in value.items() if (text := _text(item)))
+    if isinstance(value, list):
+        return "; ".join(dict.fromkeys(filter(None, map(_text, value))))
+    return "" if value is None else str(value)
 
 
 def _over_runs_table(runs: Sequence[Scored]) -> report.Table:

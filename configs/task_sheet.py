@@ -8,10 +8,11 @@ python -m configs.task_sheet          # the whole sheet
 python -m configs.task_sheet tuab     # one task with everything that was published on it
 """
 
+import argparse
 import difflib
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 
 Kind = Literal["binary", "multi-class", "per channel, two classes", "per channel, several classes", "regression"]
 _RANKED = ("balanced_accuracy", "aupr", "auroc")
-_FAMILY = ("LuMamba", "LUNA", "FEMBA")
 _MIN_SEEDS = 3
 _COUNT_TOLERANCE = 0.01
+# Options of the corpora that decide labels, rows or windows.
+_DECIDING = ("labels", "label_set", "several", "target", "unannotated", "trials", "channels", "targets", "step")
+_JOINTS = ("GHR", "GKR", "GAR", "GHL", "GKL", "GAL", "PHR", "PKR", "PAR", "PHL", "PKL", "PAL")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class EvaluationTask:
         claim, reason: how far a comparison goes, and why, in one sentence.
         split_unit: what the corpus divides into parts (`data.split_unit`).
         few_windows: fewer training windows than a published batch, or hardly more.
+        output_names: of the targets of a regression, in the order of the labels.
+        measured: so many of them, the first, are measurements; the rest was predicted by another model (data.md Q17).
     """
 
     name: str
@@ -61,6 +66,8 @@ class EvaluationTask:
     published: tuple[Published, ...] = ()
     split_unit: Literal["subject", "recording", "time"] = "subject"
     few_windows: bool = False
+    output_names: tuple[str, ...] = ()
+    measured: int | None = None
 
     @property
     def per_channel(self) -> bool:
@@ -104,6 +111,11 @@ class EvaluationTask:
         """What makes the stores."""
         options = "".join(f" --{key} {value}" for key, value in self.options.items())
         return f"python -m data_pipeline.prepare {self.corpus} --raw DIR --out DIR{options}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All options that its stores are prepared with, as they state them."""
+        return self._prepared.settings()
 
     @property
     def _prepared(self) -> "Corpus":
@@ -164,7 +176,7 @@ _SHEET = (
     EvaluationTask(
         "seed_v", "seed-v", "multi-class", ("balanced_accuracy", "kappa", "f1_weighted"), "indicative",
         "trials of every session are divided, so subjects are in all parts; loaders of others may cut other windows",
-        published=published.SEED_V, split_unit="recording",
+        options={"trials": "as_reference"}, published=published.SEED_V, split_unit="recording",
     ),
     EvaluationTask(
         "apava", "apava", "binary", ("auroc", "aupr", "accuracy", "f1_macro"), "indicative", _few("4"),
@@ -190,12 +202,12 @@ _SHEET = (
     EvaluationTask(
         "mobi_60", "mobi", "regression", ("r2", "rmse", "pearson"), "indicative",
         "sessions are divided in time, so all 8 subjects are in all parts",
-        options={"channels": 60}, published=published.MOBI, split_unit="time",
+        options={"channels": 60}, published=published.MOBI, split_unit="time", output_names=_JOINTS, measured=6,
     ),
     EvaluationTask(
         "mobi_19", "mobi", "regression", ("r2", "rmse", "pearson"), "not comparable",
         "the published numbers were made with 60 channels, as far as is known",
-        options={"channels": 19}, published=published.MOBI, split_unit="time",
+        options={"channels": 19}, published=published.MOBI, split_unit="time", output_names=_JOINTS, measured=6,
     ),
     EvaluationTask(
         "eegmat", "eegmat", "binary", _RANKED, "not comparable", "nothing was published with these models",
@@ -225,6 +237,7 @@ def deviations(task: EvaluationTask, stores: Sequence[Store]) -> list[str]:
     found: list[str] = []
     for store in stores:
         _require_labels(task, store)
+        found += _other_corpus(task, store)
         if (store.n_times, store.sfreq) != (task.samples, task.sfreq):
             found.append(
                 f"{store.path} has windows of {store.n_times} samples at {store.sfreq:g} Hz, task {task.name} those of "
@@ -238,6 +251,37 @@ def deviations(task: EvaluationTask, stores: Sequence[Store]) -> list[str]:
                     f"{store.path}, montage {name}, has {what}; task {task.name} {len(task.channels)} of its own"
                 )
     return found
+
+
+def _stated(store: Store) -> list[Mapping[str, Any]]:
+    """What a store says it was made of; one entry for each of several stores that were converted into one."""
+    provenance = store.info.provenance
+    merged = provenance.get("stores")
+    return [own.get("provenance", {}) for own in merged.values()] if isinstance(merged, Mapping) else [provenance]
+
+
+def _other_corpus(task: EvaluationTask, store: Store) -> list[str]:
+    """Where a store says that it holds another corpus than the task's, or one prepared with another rule."""
+    wanted, found = task.settings, []
+    for stated in _stated(store):
+        corpus, options = stated.get("corpus"), stated.get("options", {})
+        if corpus not in (None, task.corpus):
+            found.append(f"{store.path} holds the corpus {corpus}, task {task.name} is of {task.corpus}")
+            continue
+        found += [
+            f"{store.path} was prepared with --{key} {options[key]}, task {task.name} with --{key} {wanted[key]}"
+            for key in _DECIDING
+            if key in options and key in wanted and options[key] != wanted[key]
+        ]
+    return list(dict.fromkeys(found))
+
+
+def stated_parts(stores: Sequence[Store]) -> set[str | None]:
+    """The parts of their corpus that stores say they are: "train", "validation", "test"; None where one says nothing.
+
+    A part belongs to a corpus that was prepared as such: a store of any other recordings has none.
+    """
+    return {stated.get("part") if "corpus" in stated else None for store in stores for stated in _stated(store)}
 
 
 def _require_labels(task: EvaluationTask, store: Store) -> None:
@@ -258,7 +302,14 @@ def _require_labels(task: EvaluationTask, store: Store) -> None:
 
 
 def claim_of(
-    task: EvaluationTask, *, part: str, windows: int, runs: int, deviating: Sequence[str] = ()
+    task: EvaluationTask,
+    *,
+    part: str,
+    windows: int,
+    seeds: int,
+    stated: Collection[str | None],
+    deviating: Sequence[str] = (),
+    alike: bool = True,
 ) -> tuple[Level, str]:
     """How far a comparison of these scores with published ones goes, and why.
 
@@ -266,19 +317,31 @@ def claim_of(
         task: of the sheet.
         part: scored part of the split.
         windows: scored windows.
-        runs: that the scores are means of.
+        seeds: different ones among the runs that the scores are means of.
+        stated: parts that the scored stores say they are, from `stated_parts`.
         deviating: from `deviations`.
+        alike: whether the runs differ in nothing but the seed.
     """
     if deviating:
         return "not comparable", deviating[0]
     if part != "test":
         return "not comparable", f"these are {part} windows"
+    others = sorted(name for name in stated if name not in ("test", None))
+    if others:
+        return "not comparable", f"not the published test part: the windows come from the {', '.join(others)} store"
     expected = task.test_windows
     if expected and abs(windows - expected) > _COUNT_TOLERANCE * expected and task.claim != "not comparable":
         return "not comparable", f"{windows:,} windows were scored, the published test part has {expected:,}"
-    if task.claim == "comparable" and runs < _MIN_SEEDS:
-        return "indicative", f"{'one run' if runs == 1 else f'{runs} runs'} only; {task.reason}"
-    return task.claim, task.reason
+    if task.claim == "not comparable":
+        return task.claim, task.reason
+    weak = []
+    if "test" not in stated or None in stated:
+        weak.append("the stores do not say which part of the corpus they are")
+    if task.claim == "comparable" and not alike:
+        weak.append("the runs differ in more than the seed")
+    if task.claim == "comparable" and seeds < _MIN_SEEDS:
+        weak.append({0: "the seed is not known", 1: "one seed only"}.get(seeds, f"{seeds} seeds only"))
+    return ("indicative" if weak else task.claim), "; ".join([*weak, task.reason])
 
 
 # --- the sheet on the terminal ----------------------------------------------------------------------------------------
@@ -292,7 +355,7 @@ def _print_sheet(console: Console) -> None:
         window = f"{len(task.channels)} x {task.samples}, {task.sfreq:g} Hz"
         outputs = f"{task.num_outputs} targets" if task.class_names is None else ", ".join(task.class_names)
         options = " ".join(f"{key} {value}" for key, value in task.options.items())
-        own = [row.model for row in task.published if row.model.startswith(_FAMILY)]
+        own = [row.model for row in task.published if row.model.startswith(published.FAMILY)]
         others = len(task.published) - len(own)
         rows = ", ".join([*own, *([f"{others} others"] if others else [])]) or "nothing"
         cells = (task.name, f"{task.corpus} {options}".strip(), window, f"{task.kind}: {outputs}")
@@ -306,7 +369,7 @@ def _print_task(console: Console, task: EvaluationTask) -> None:
         "made by": task.command,
         "window": f"{len(task.channels)} channels x {task.samples} samples at {task.sfreq:g} Hz",
         "channels": ", ".join(task.channels),
-        "decides": f"{task.kind}: {', '.join(task.class_names or [f'{task.num_outputs} targets'])}",
+        "decides": f"{task.kind}: {', '.join(task.class_names or task.output_names)}",
         "positive class": task.positive_class or "none",
         "divided by": task.split_unit,
         "claim": f"{task.claim}: {task.reason}",
@@ -333,9 +396,12 @@ def format_score(row: Published, metric: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the sheet, or the named tasks; exit status 2 for an unknown one."""
+    parser = argparse.ArgumentParser(prog="task_sheet", description="The task sheet, or what is published on a task.")
+    parser.add_argument("task", nargs="*", help=f"none = the whole sheet; {', '.join(TASKS)}")
+    names = parser.parse_args(arguments).task
     console = Console(width=None if sys.stdout.isatty() else 200)
     try:
-        tasks = [find_task(name) for name in arguments]
+        tasks = [find_task(name) for name in names]
     except ValueError as error:
         print(f"task_sheet: {error}", file=sys.stderr)
         return 2

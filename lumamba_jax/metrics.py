@@ -69,6 +69,10 @@ class Predictions:
         """Keep some rows, for example those of real windows (`window_mask`)."""
         return Predictions(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
+    def of_outputs(self, columns: slice) -> "Predictions":
+        """Some of the outputs of a regression, with their targets."""
+        return dataclasses.replace(self, logits=self.logits[:, columns], labels=self.labels[:, columns])
+
     @classmethod
     def merge(cls, parts: Sequence["Predictions"]) -> "Predictions":
         """Join the predictions of batches or hosts: sorted by window, so the result does not depend on the split.
@@ -666,11 +670,18 @@ def require_same_windows(runs: dict[str, Predictions]) -> None:
 
 def as_multilabel(predictions: Predictions) -> Predictions:
     """Two logits `(n, outputs, 2)` and a class 0 or 1 per output, as one logit and one float label per output."""
-    if predictions.logits.ndim != 3 or predictions.logits.shape[-1] != 2:
-        raise ValueError(f"independent outputs need logits (n, outputs, 2), found {predictions.logits.shape}")
-    logits = predictions.logits.astype(np.float64)
-    labels = predictions.labels.astype(np.float64)
-    return dataclasses.replace(predictions, logits=logits[..., 1] - logits[..., 0], labels=labels)
+    logits, labels = as_yes_or_no(predictions.logits, predictions.labels)
+    return dataclasses.replace(predictions, logits=logits, labels=labels)
+
+
+def as_yes_or_no(
+    logits: Float[np.ndarray, "n K 2"], labels: Int[np.ndarray, "n K"]
+) -> tuple[Float[np.ndarray, "n K"], Float[np.ndarray, "n K"]]:
+    """The arrays of `as_multilabel`, float64. Raises ValueError when there are no two logits for each output."""
+    if logits.ndim != 3 or logits.shape[-1] != 2:
+        raise ValueError(f"independent outputs need logits (n, outputs, 2), found {logits.shape}")
+    logits = logits.astype(np.float64)
+    return logits[..., 1] - logits[..., 0], labels.astype(np.float64)
 
 
 def decisions(predictions: Predictions) -> tuple[Float[np.ndarray, "m K"], Int[np.ndarray, "m"]]:

@@ -500,12 +500,15 @@ class Classify(_Supervised):
         return None if self._class_weights is None else jnp.asarray(self._class_weights)
 
     def summarize(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray | None) -> dict[str, float]:
-        """Unweighted cross-entropy and the classification metrics, windows pooled."""
+        """Unweighted cross-entropy and the classification metrics, windows pooled; two classes for each channel are
+        scored as independent outputs (`mc`, recipes 5)."""
         logits, labels = np.asarray(outputs["logits"]), np.asarray(labels)
         if np.issubdtype(labels.dtype, np.floating):
             loss = float(losses.binary_cross_entropy(jnp.asarray(logits), jnp.asarray(labels)))
             return {"loss": loss, **metrics.multilabel(logits, labels)}
         loss = float(losses.cross_entropy(jnp.asarray(logits), jnp.asarray(labels)))
+        if labels.ndim == 2 and logits.shape[-1] == 2:
+            return {"loss": loss, **metrics.multilabel(*metrics.as_yes_or_no(logits, labels))}
         return {"loss": loss, **metrics.classification(logits, labels)}
 
 

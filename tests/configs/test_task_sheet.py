@@ -1,6 +1,9 @@
 """The task sheet against the recipes it was copied from, its presets, and what it refuses."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +14,8 @@ import configs
 from configs import task_sheet
 from configs.published import Score
 from configs.task_presets import task_preset_names
-from configs.task_sheet import TASKS, claim_of, deviations, find_task
+from configs.task_sheet import TASKS, claim_of, deviations, find_task, stated_parts
+from data_pipeline.corpora.seed_v import TRIALS
 from data_pipeline.montages import montage_of
 from data_pipeline.store import StoreInfo, WindowStore, create_store
 from lumamba_jax.architectures import ARCHITECTURES, SIZES, abstract_model
@@ -114,6 +118,12 @@ def test_spreads_and_remarks_of_published_numbers():
     assert rows["LUNA base"].scores["balanced_accuracy"] == Score(0.8063, 0.0008)
     assert rows["LUNA base"].scores["auroc"] == Score(0.8868, 0.0015)
     assert all(row.level == "not comparable" for row in TASKS["apava"].published if row.model != "LuMamba tiny")
+    levels = {row.model: row.level for row in TASKS["mumtaz2016"].published}
+    assert levels.pop("LuMamba tiny") is None  # the one row of our subject lists
+    assert set(levels.values()) == {"not comparable"}
+    assert {rows[name].level for name in ("LUNA base", "FEMBA huge", "LuMamba tiny")} == {None}
+    assert {rows[name].level for name in ("BIOT", "LaBraM huge", "CBraMod", "EEGNet")} == {"indicative"}
+    assert "own paper" in rows["CBraMod"].remark
     (ours,) = [row for row in TASKS["seed_v"].published if row.model == "LuMamba tiny"]
     assert ours.level == "not comparable"
     assert "loader" in ours.remark
@@ -227,6 +237,26 @@ def test_the_sheet_is_printed_with_sources(capsys):
     assert "0.8063 ± 0.0008" in shown
     assert "arXiv 2510.22257" in shown
     assert task_sheet.main(["taub"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        task_sheet.main(["--help"])
+    assert ended.value.code == 0
+    assert "usage: task_sheet" in capsys.readouterr().out
+
+
+def test_the_sheet_runs_as_a_module_without_a_warning():
+    root = Path(configs.__file__).parents[1]
+    words = [sys.executable, "-W", "error::RuntimeWarning", "-m", "configs.task_sheet", "--help"]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_stores_of_seed_v_are_made_with_the_published_trials():
+    """As many test windows as published need 6/5/4 trials (data.md Q14), not the 5/5/5 of the corpus's default."""
+    task = TASKS["seed_v"]
+    assert "--trials as_reference" in task.command
+    seconds = sum(int(t.stop) - int(t.start) for own in TRIALS.values() for t in own if t.number > 11)
+    assert 16 * seconds == task.test_windows == 31_056
+    assert task.settings["trials"] == "as_reference"
 
 
 # --- stores ---
@@ -234,9 +264,10 @@ def test_the_sheet_is_printed_with_sources(capsys):
 
 @pytest.fixture
 def make_store(tmp_path):
-    def make(channels, samples, sfreq, labels, class_names):
+    def make(channels, samples, sfreq, labels, class_names, provenance=None):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.h5"
         info = StoreInfo(sfreq=sfreq, n_times=samples, stride_seconds=1.0, class_names=class_names)
+        info = dataclasses.replace(info, provenance=provenance or {})
         with create_store(path, info) as writer:
             signal = np.random.default_rng(0).normal(size=(len(labels), len(channels), samples))
             about = {"subject": "s", "recording": "r", "start_samples": samples * np.arange(len(labels))}
@@ -277,20 +308,85 @@ def test_stores_of_another_task_are_refused(make_store):
         deviations(per_channel, [make_store(per_channel.channels, 1280, 256.0, [0, 1], list(per_channel.class_names))])
 
 
+def _prepared(task, part="test", **options):
+    return {"corpus": task.corpus, "part": part, "options": task.settings | options}
+
+
+def test_stores_of_another_label_rule_or_corpus_are_told(make_store):
+    """Windows, classes and shapes of these tasks are equal: only what the store says of itself tells them apart."""
+    task = TASKS["tuar_bc"]
+
+    def notes(provenance):
+        return deviations(task, [make_store(task.channels, 1280, 256.0, [0, 1], list(task.class_names), provenance)])
+
+    assert notes(_prepared(task)) == []
+    assert notes({}) == []
+    assert notes(_prepared(task, seed=7)) == []  # another draw of subjects: no other rule
+    (rule,) = notes(_prepared(TASKS["tuar_bc13"]))
+    assert "prepared with --labels binary_any13, task tuar_bc with --labels binary_30" in rule
+    assert "--label_set artifacts" in notes(_prepared(task, label_set="artifacts"))[0]
+    (corpus,) = notes(_prepared(TASKS["tuab"]))
+    assert "holds the corpus tuab, task tuar_bc is of tuar" in corpus
+    merged = {"stores": {"a.h5": {"provenance": _prepared(task)}, "b.h5": {"provenance": _prepared(TASKS["tuab"])}}}
+    (found,) = notes(merged)
+    assert "holds the corpus tuab" in found
+
+
+def test_stores_say_which_part_of_their_corpus_they_are(make_store):
+    task = TASKS["tdbrain"]
+
+    def parts(*provenances):
+        return stated_parts([make_store(task.channels, 320, 256.0, [0, 1], None, own) for own in provenances])
+
+    assert parts(_prepared(task)) == {"test"}
+    assert parts(_prepared(task, "train"), _prepared(task)) == {"train", "test"}
+    assert parts({}) == parts({"part": "test"}) == {None}
+    assert parts({"stores": {part: {"provenance": _prepared(task, part)} for part in ("train", "test")}}) == {
+        "train",
+        "test",
+    }
+
+
+def test_outputs_of_mobi_have_the_names_of_the_joints():
+    task = TASKS["mobi_60"]
+    assert len(task.output_names) == task.num_outputs
+    assert [name[0] for name in task.output_names] == ["G"] * task.measured + ["P"] * 6  # goniometer, predicted
+
+
+_PUBLISHED = {"part": "test", "windows": 74_010, "seeds": 3, "stated": {"test"}}
+
+
+def _claim(task, **changes):
+    return claim_of(task, **_PUBLISHED | changes)
+
+
 def test_claims_shrink_with_what_was_done():
     tuab, apava = TASKS["tuab"], TASKS["apava"]
-    assert claim_of(tuab, part="test", windows=74_010, runs=3)[0] == "comparable"
-    level, reason = claim_of(tuab, part="test", windows=74_010, runs=1)
+    assert _claim(tuab)[0] == "comparable"
+    level, reason = _claim(tuab, seeds=1)
     assert level == "indicative"
-    assert reason.startswith("one run only")
-    assert claim_of(tuab, part="test", windows=73_900, runs=3)[0] == "comparable"
-    level, reason = claim_of(tuab, part="test", windows=60_000, runs=3)
+    assert reason.startswith("one seed only")
+    assert _claim(tuab, windows=73_900)[0] == "comparable"
+    level, reason = _claim(tuab, windows=60_000)
     assert level == "not comparable"
     assert "74,010" in reason
-    assert claim_of(tuab, part="validation", windows=74_010, runs=3)[0] == "not comparable"
-    assert claim_of(tuab, part="test", windows=74_010, runs=3, deviating=["other windows"]) == (
-        "not comparable",
-        "other windows",
-    )
-    assert claim_of(apava, part="test", windows=159, runs=1)[0] == "indicative"
-    assert claim_of(dataclasses.replace(tuab, corpus="tdbrain"), part="test", windows=5, runs=3)[0] == "comparable"
+    assert _claim(tuab, part="validation")[0] == "not comparable"
+    assert _claim(tuab, deviating=["other windows"]) == ("not comparable", "other windows")
+    assert _claim(apava, windows=159, seeds=1)[0] == "indicative"
+    assert _claim(dataclasses.replace(tuab, corpus="tdbrain"), windows=5)[0] == "comparable"
+
+
+def test_claims_need_the_published_test_part_and_runs_that_differ_in_the_seed_alone():
+    tuab, apava = TASKS["tuab"], TASKS["apava"]
+    for stated in ({"train"}, {"test", "train"}, {None, "validation"}):
+        level, reason = _claim(tuab, stated=stated)
+        assert level == "not comparable"
+        assert reason.startswith("not the published test part")
+    for stated in ({None}, {None, "test"}):
+        level, reason = _claim(tuab, stated=stated)
+        assert level == "indicative"
+        assert reason.startswith("the stores do not say which part of the corpus they are")
+    assert _claim(TASKS["tuar_bc"], windows=5, stated={None}) == ("not comparable", TASKS["tuar_bc"].reason)
+    level, reason = _claim(tuab, alike=False)
+    assert (level, reason.partition(";")[0]) == ("indicative", "the runs differ in more than the seed")
+    assert _claim(apava, windows=159, alike=False) == ("indicative", apava.reason)

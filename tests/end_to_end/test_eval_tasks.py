@@ -1,23 +1,35 @@
-"""`eval.py metrics` on runs of a task preset: two seeds, published results beside them, the page, what is refused."""
+"""`eval.py metrics` on runs of a task preset: two seeds, published results beside them, the page, what is refused.
 
+The runs are made in this process and not trained, which the slow test at the end does with real commands.
+"""
+
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+from flax import nnx
 from sklearn import metrics as sk
 from test_train_eval import REPOSITORY, call
 
 import configs
-from configs.data import open_windows
+from configs import scoring
+from configs.data import open_windows, resolve
+from configs.run_directory import open_run_directory
 from configs.task_sheet import TASKS
 from data_pipeline.montages import montage_of
 from data_pipeline.store import StoreInfo, create_store
+from lumamba_jax.architectures import ARCHITECTURES
+from lumamba_jax.checkpoint import save_pretrained
+from lumamba_jax.metrics import Predictions
 
 TASK = TASKS["modma_13"]
 MICRO = (
@@ -28,17 +40,65 @@ MICRO = (
 )
 
 
-def write_store(path: Path, class_names=TASK.class_names, *, samples=TASK.samples) -> Path:
+def write_store(
+    path: Path, class_names=TASK.class_names, *, samples=TASK.samples, provenance=None, mixed=False
+) -> Path:
     """Ten subjects of four windows of noise: nothing to learn, so that scores are not all 0 or 1."""
     rng, montage = np.random.default_rng(0), montage_of(TASK.channels)
     info = StoreInfo(sfreq=TASK.sfreq, n_times=samples, stride_seconds=samples / TASK.sfreq, class_names=class_names)
+    info = dataclasses.replace(info, provenance=provenance or {})
     with create_store(path, info) as writer:
         for subject in range(10):
             label = subject % 2
             signal = rng.normal(0, 10, (4, 13, samples))
             about = {"subject": f"s{subject}", "recording": f"s{subject}.mat", "start_samples": samples * np.arange(4)}
-            writer.add(f"g{subject}", signal, montage, **about, labels=np.full(4, label))
+            writer.add(
+                f"g{subject}", signal, montage, **about, labels=np.arange(4) // 2 if mixed else np.full(4, label)
+            )
     return path
+
+
+def script(name: str) -> ModuleType:
+    """An entry script as a module, by its file name."""
+    spec = importlib.util.spec_from_file_location(f"script_{name.removesuffix('.py')}", REPOSITORY / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def evaluate(*words: object) -> tuple[int, str, str]:
+    """`eval.py` with these words in this process: status, what it printed, what it complained of."""
+    said, complained = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+            status = script("eval.py").main()
+    return status, said.getvalue(), complained.getvalue()
+
+
+def refused(*words: object) -> str:
+    """What `eval.py` says when it ends with status 2: one sentence."""
+    status, _, complained = evaluate(*words)
+    assert status == 2
+    lines = complained.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def write_run(run_dir: Path, store: Path, *words: object) -> Path:
+    """A run as train.py leaves it, with the parameters of its first step as the best ones."""
+    options = ("--data.train", store, "--trainer.run-dir", run_dir, *MICRO, *words)
+    config = configs.cli(["modma_13_lumamba_tiny", *map(str, options)], "train.py")
+    windows = open_windows(config.data, labelled=True)
+    config = resolve(config, windows)
+    open_run_directory(config, windows, {})
+    module = ARCHITECTURES[config.model.architecture].module(config.model, rngs=nnx.Rngs(config.trainer.seed))
+    params = nnx.split(module, nnx.Param, ...)[1]
+    provenance = script("train.py").Run(config, windows)._provenance(0)
+    save_pretrained(run_dir / "best", config.model, params, provenance)
+    return run_dir
 
 
 @pytest.fixture(scope="module")
@@ -47,42 +107,15 @@ def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("eval_tasks")
     write_store(folder / "modma.h5")
     for seed in (1, 2):
-        run = ("--data.train", folder / "modma.h5", "--trainer.run-dir", folder / f"seed{seed}")
-        call("train.py", "modma_13_lumamba_tiny", *run, "--trainer.seed", seed, *MICRO)
+        write_run(folder / f"seed{seed}", folder / "modma.h5", "--trainer.seed", seed)
     return folder
 
 
 @pytest.fixture(scope="module")
 def scored(work) -> tuple[str, dict]:
-    done = call("eval.py", "metrics", work / "seed1", work / "seed2", "--resamples", "20")
-    return done.stdout, json.loads((work / "metrics_test_of_2_runs.json").read_text())
-
-
-@pytest.fixture
-def script():
-    """Import an entry script as a module, by its file name."""
-
-    def load(name: str):
-        spec = importlib.util.spec_from_file_location(f"script_{name.removesuffix('.py')}", REPOSITORY / name)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys, script):
-    """Call eval.py's main in this process: it must return 2 and say one sentence. Returns the sentence."""
-
-    def call_main(*words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
-        assert script("eval.py").main() == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1, lines
-        return lines[0]
-
-    return call_main
+    status, said, _ = evaluate("metrics", work / "seed1", work / "seed2", "--resamples", "20")
+    assert status == 0
+    return said, json.loads((work / "metrics_test_of_2_runs.json").read_text())
 
 
 def test_scores_of_two_seeds_are_those_of_their_predictions(work, scored):
@@ -115,6 +148,7 @@ def test_the_task_of_the_preset_is_recorded_and_compared(scored):
     assert comparison["task"] == "modma_13"
     assert comparison["claim"] == "indicative"
     assert "12 test subjects" in comparison["reason"]
+    assert "do not say which part of the corpus they are" in comparison["reason"]
     assert comparison["published"] == []
     assert "nothing was published on this task" in shown
     ours = comparison["ours"]["balanced_accuracy"]
@@ -144,11 +178,12 @@ def test_another_task_of_the_same_classes_is_compared_with_a_warning(work):
         "--out",
         work / "other" / "m.json",
     )
-    done = call("eval.py", "metrics", work / "seed1", *words)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("task mumtaz2016"))
+    status, said, _ = evaluate("metrics", work / "seed1", *words)
+    assert status == 0
+    line = next(line for line in said.splitlines() if line.startswith("task mumtaz2016"))
     assert "not comparable, because" in line
     assert "250 Hz" in line
-    row = next(line for line in done.stdout.splitlines() if line.startswith("CBraMod"))
+    row = next(line for line in said.splitlines() if line.startswith("CBraMod"))
     assert "0.9560" in row
     assert "0.9923" in row
     result = json.loads((work / "other" / "m.json").read_text())
@@ -159,7 +194,7 @@ def test_another_task_of_the_same_classes_is_compared_with_a_warning(work):
     assert sorted(path.name for path in (work / "other").iterdir()) == ["m.json", "m.npz"]
 
 
-def test_runs_of_different_test_parts_and_wrong_tasks_are_refused(work, tmp_path, refused):
+def test_runs_of_different_test_parts_and_wrong_tasks_are_refused(work, tmp_path):
     shutil.copytree(work / "seed2", tmp_path / "swapped")
     data = configs.load(str(work / "seed2" / "config.yaml")).data
     other = open_windows(dataclasses.replace(data, split_seed=7), labelled=True)
@@ -173,7 +208,7 @@ def test_runs_of_different_test_parts_and_wrong_tasks_are_refused(work, tmp_path
     assert not (tmp_path / "out.json").exists()
 
 
-def test_training_refuses_stores_of_another_task_and_warns_of_other_windows(tmp_path, script, capsys):
+def test_training_refuses_stores_of_another_task_and_warns_of_other_windows(tmp_path, capsys):
     train = script("train.py")
     other = write_store(tmp_path / "classes.h5", ("rest", "task"))
     words = ("--data.train", str(other), "--trainer.run-dir", str(tmp_path / "run"), *MICRO)
@@ -186,3 +221,76 @@ def test_training_refuses_stores_of_another_task_and_warns_of_other_windows(tmp_
     said = capsys.readouterr().err
     assert "windows of 320 samples at 250 Hz" in said
     assert "will not compare with published ones" in said
+
+
+def test_the_training_store_is_not_the_published_test_part(work, tmp_path):
+    """The run's own draw of test subjects, from a store that says it is the corpus's training part."""
+    about = {"corpus": TASK.corpus, "part": "train", "options": TASK.settings, "split": "as published"}
+    run = write_run(tmp_path / "run", write_store(tmp_path / "train.h5", provenance=about), "--trainer.seed", 1)
+    assert evaluate("metrics", run, "--resamples", "0", "--no-page", "--no-baseline")[0] == 0
+    result = json.loads((run / "metrics_test.json").read_text())
+    assert result["comparison"]["claim"] == "not comparable"
+    assert "not the published test part: the windows come from the train store" in result["comparison"]["reason"]
+    assert result["facts"]["stores"] == [about]
+    assert result["facts"]["old_files"]["channel_order"] == "by_name"
+
+
+@pytest.mark.parametrize("few_shot", [(), ("--data.few-shot", 1)])
+def test_a_run_that_left_a_subject_out_is_scored_on_its_own_split(tmp_path, few_shot):
+    store = write_store(tmp_path / "modma.h5", mixed=True)
+    words = ("--data.leave-out", "s3", "--data.test-fraction", "0", *few_shot)
+    run = write_run(tmp_path / "run", store, *words)
+    config = configs.load(str(run / "config.yaml"))
+    windows, part = scoring._labelled_windows(run, config, (), "test")
+    expected = open_windows(config.data, labelled=True).parts["test"]
+    assert part == "test"
+    assert len(expected) >= 1
+    np.testing.assert_array_equal(windows.parts["test"], expected)
+
+
+def test_means_over_runs_count_seeds_and_say_when_the_runs_differ(work, tmp_path):
+    """Three runs are no three seeds, and runs of another learning rate are no repeats."""
+    again = shutil.copytree(work / "seed1", tmp_path / "again")
+    other = shutil.copytree(work / "seed2", tmp_path / "other")
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("lr: 0.01\n", "lr: 0.02\n"))
+    how = {"data": (), "part": "test", "batch_size": 64, "resamples": 0}
+    first, same, rate = (scoring.score_model(path, **how) for path in (work / "seed1", again, other))
+    task = dataclasses.replace(TASK, claim="comparable")
+    assert scoring.compare(task, [first, same]).reason.count("one seed only") == 1
+    comparison = scoring.compare(task, [first, same, rate])
+    assert "the runs differ in more than the seed; 2 seeds only" in comparison.reason
+    assert comparison.claim == "indicative"
+
+
+def test_measured_joints_are_scored_by_themselves():
+    """MoBI: six angles were measured, six are predictions of a decoder (data.md Q17)."""
+    rng = np.random.default_rng(0)
+    targets = rng.normal(size=(30, 12))
+    outputs = targets + rng.normal(size=(30, 12)) * np.repeat([0.5, 2.0], 6)
+    names = np.array([f"s{i % 3}" for i in range(30)])
+    predictions = Predictions(outputs, targets, np.arange(30), names, names)
+    found = scoring._score(predictions, "regression", None, "mobi_60", 20).levels["window"]
+    assert [row["name"] for row in found.per_class][::6] == ["GHR", "PHR"]
+    for name, count in (("r2", 12), ("r2_measured", 6)):
+        expected = sk.r2_score(targets[:, :count], outputs[:, :count])
+        assert found.metrics[name].value == pytest.approx(expected, abs=1e-12)
+    assert found.metrics["rmse_measured"].value == pytest.approx(
+        sk.root_mean_squared_error(targets[:, :6].ravel(), outputs[:, :6].ravel()), abs=1e-12
+    )
+    assert found.metrics["pearson_measured"].low < found.metrics["pearson_measured"].high
+
+
+@pytest.mark.slow
+def test_a_preset_is_trained_from_a_pretrained_encoder_and_scored(tmp_path):
+    """Real commands: the run records its task, and the objective and digest of the weights it started from."""
+    store = write_store(tmp_path / "modma.h5")
+    start = write_run(tmp_path / "start", store)
+    metadata = json.loads((start / "best" / "metadata.json").read_text())
+    run = tmp_path / "run"
+    words = ("--data.train", store, "--trainer.run-dir", run, "--trainer.init-from", start, *MICRO)
+    call("train.py", "modma_13_lumamba_tiny", *words)
+    done = call("eval.py", "metrics", run, "--resamples", "20")
+    assert "task modma_13: indicative" in done.stdout
+    facts = json.loads((run / "metrics_test.json").read_text())["facts"]
+    assert facts["origin"] == {"weights": scoring.weights_digest(metadata)}
