@@ -125,7 +125,7 @@ def trained_row(
     out: Path, options: argparse.Namespace,
 ) -> tuple[Row, dict[str, float]]:  # fmt: skip
     """One run of train.py for each fold, scored together; (row, seconds and epochs)."""
-    data = labelled(store)
+    data = labelled([store])
     rows, probabilities, seconds = [], [], 0.0
     for number, split in enumerate(splits):
         run = out / dataset.name / name.replace(", ", "_").replace(" ", "_") / str(number)
@@ -226,12 +226,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if dataset.name not in options.only:
             continue
         store = WindowStore(prepare_store(options.data, out, dataset.name))
-        data = labelled(store)
+        data = labelled([store])
         splits = folds_of(data, dataset.folds, seed=SEED)
         say(f"{dataset.name}: {len(data.labels)} windows, {len(np.unique(data.subjects))} subjects")
         models = {"untrained encoder": fresh, "pre-trained encoder": encoder}
         how = {"shots": dataset.shots, "resamples": options.resamples, "say": say, "seen": seen}
-        rows = frozen_rows(data, store, models, splits, **how)
+        rows = frozen_rows(data, [store], models, splits, **how)
         costs = {}
         for name in TRAINED:
             row, costs[name] = trained_row(name, dataset, store, splits, encoder, options.encoder, out, options)

@@ -5,6 +5,7 @@ Joins what knows nothing of each other: windows of a store, embeddings of a mode
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from data_pipeline.protocols import (
     few_shot_methods,
     out_of_fold,
 )
-from data_pipeline.splits import Split, leave_one_subject_out, subject_folds
+from data_pipeline.splits import Split, leave_one_subject_out, split_by_lists, split_by_subject, subject_folds
 from data_pipeline.store import Store
 from lumamba_jax.eegnet import EEGNetClassifier, EEGNetConfig
 from lumamba_jax.inference import LoadedModel
@@ -54,27 +55,58 @@ class Row:
     because: str = ""
 
 
-def labelled(store: Store) -> Labelled:
-    """All windows of a store in memory, at the channels that all its montages have.
+def labelled(stores: Sequence[Store]) -> Labelled:
+    """All windows of `stores` in memory, in their order, at the channels that all their montages have.
 
-    Raises: ValueError without class labels, or without a common channel.
+    Raises: ValueError without class labels, without a common channel, for stores of different windows or classes, and
+        for more than the memory of this machine can hold.
     """
-    if store.labels is None or store.labels.ndim != 1 or store.labels.dtype.kind not in "iub":
-        raise ValueError(f"{store.path} has no class for each window: prepare it with labels")
-    times = Times.of_samples(np.asarray(store.start_samples), store.n_times, store.sfreq)
-    names = store.class_names or [str(k) for k in range(int(store.labels.max()) + 1)]
-    channels, montage_names = shared_channels(store), np.asarray(store.montage_names)
+    for store in stores:
+        if store.labels is None or store.labels.ndim != 1 or store.labels.dtype.kind not in "iub":
+            raise ValueError(f"{store.path} has no class for each window: prepare it with labels")
+        if (store.sfreq, store.n_times, store.class_names) != (
+            stores[0].sfreq,
+            stores[0].n_times,
+            stores[0].class_names,
+        ):
+            raise ValueError(f"{store.path} has another rate, window length or other classes than {stores[0].path}")
+    channels = shared_channels(stores)
+    _require_memory(sum(map(len, stores)) * len(channels) * stores[0].n_times * 4)
+    signal = np.concatenate([_at_channels(store, channels) for store in stores])
+    labels = np.concatenate([np.asarray(store.labels) for store in stores])
+    starts = np.concatenate([np.asarray(store.start_samples) for store in stores])
+    subjects, recordings = (
+        np.concatenate([np.asarray(getattr(store, column)) for store in stores])
+        for column in ("subjects", "recordings")
+    )
+    sfreq, n_times = float(stores[0].sfreq), stores[0].n_times
+    names = stores[0].class_names or [str(k) for k in range(int(labels.max()) + 1)]
+    return Labelled(signal, labels, subjects, recordings, Times.of_samples(starts, n_times, sfreq), sfreq, names)
+
+
+def _at_channels(store: Store, channels: Sequence[str]) -> np.ndarray:
     signal = np.empty((len(store), len(channels), store.n_times), np.float32)
+    montage_names = np.asarray(store.montage_names)
     for name, montage in store.montages.items():
         rows = np.flatnonzero(montage_names == name)
         signal[rows] = store.read(rows)[:, [montage.ch_names.index(channel) for channel in channels]]
-    who = (np.asarray(store.subjects), np.asarray(store.recordings))
-    return Labelled(signal, np.asarray(store.labels), *who, times, float(store.sfreq), names)
+    return signal
 
 
-def shared_channels(store: Store) -> list[str]:
-    """Names that every montage of the store has; what baselines use. Embeddings use every channel of a window."""
-    return common_channels([montage.ch_names for montage in store.montages.values()])
+def _require_memory(size: int) -> None:
+    """Methods hold copies of the windows: refuse what a machine cannot hold three times."""
+    try:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return
+    if 3 * size > machine:
+        raise ValueError(f"probes and baselines hold all windows in memory, three times {size / 2**30:.1f} GiB of them "
+                         f"where the machine has {machine / 2**30:.0f}: give a part of the corpus")  # fmt: skip
+
+
+def shared_channels(stores: Sequence[Store]) -> list[str]:
+    """Names that every montage of the stores has; what baselines use. Embeddings use every channel of a window."""
+    return common_channels([montage.ch_names for store in stores for montage in store.montages.values()])
 
 
 def folds_of(data: Labelled, folds: int | None, *, seed: int = 0) -> list[Split]:
@@ -84,9 +116,19 @@ def folds_of(data: Labelled, folds: int | None, *, seed: int = 0) -> list[Split]
     return subject_folds(data.subjects, data.labels, folds, seed)
 
 
+def given_test(data: Labelled, tested: int, *, seed: int = 0) -> list[Split]:
+    """One fold: the last `tested` windows are the test, the others are divided into training and validation.
+
+    Raises: ValueError for a subject on both sides.
+    """
+    fit, test = data.subjects[: len(data.subjects) - tested], data.subjects[len(data.subjects) - tested :]
+    lists = split_by_subject(fit, data.labels[: len(fit)], val_fraction=0.2, seed=seed).subjects
+    return [split_by_lists(data.subjects, train=lists["train"], val=lists["val"], test=np.unique(test).tolist())]
+
+
 def frozen_rows(
     data: Labelled,
-    store: Store,
+    stores: Sequence[Store],
     models: Mapping[str, LoadedModel],
     folds: Sequence[Split],
     *,
@@ -99,7 +141,7 @@ def frozen_rows(
     """Every method that trains no encoder: baselines, then the probes of each of `models`, then few-shot calibration.
 
     Args:
-        data, store: the same windows.
+        data, stores: the same windows.
         models: name -> encoder.
         folds: by subject.
         shots: windows of each class that few-shot calibration is given of a test subject; None = leave it out.
@@ -108,14 +150,15 @@ def frozen_rows(
         baselines: band power, tangent space and EEGNet too.
         seen: subjects of the unlabelled windows that each of `models` was pre-trained on (`pretraining_subjects`).
     """
-    power = window_features(store, np.arange(len(store)), shared_channels(store))
+    channels = shared_channels(stores)
+    power = np.concatenate([window_features(store, np.arange(len(store)), channels) for store in stores])
     methods = baseline_methods(data, power, eegnet) if baselines else []
     features: dict[str, np.ndarray] = {"band power": power} if baselines else {}
     knows: dict[str, Literal["nothing", "pre-training windows"]] = {"band power": "nothing"}
     for name, model in models.items():
-        own = features[name] = store_columns(model, [store], "embedding")["embeddings"]
+        own = features[name] = store_columns(model, stores, "embedding")["embeddings"]
         if not np.isfinite(own).all():
-            raise ValueError(f"{store.path} holds windows that are not finite: audit and repair it first")
+            raise ValueError("some windows are not finite: audit the stores and repair them first")
         known = set((seen or {}).get(name, ())) & set(np.unique(data.subjects).tolist())
         knows[name] = "pre-training windows" if known else "nothing"
         methods += embedding_methods(data, own, name=name, knows=knows[name])
