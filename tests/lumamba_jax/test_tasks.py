@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sklearn.metrics import roc_auc_score
 
 from lumamba_jax import tasks
 from lumamba_jax.heads import ModelOutput
@@ -129,6 +130,19 @@ def test_float_labels_of_a_classification_are_independent_decisions():
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     scores = task.summarize({"logits": logits}, labels)
     assert scores["accuracy"] == pytest.approx(np.mean((logits > 0) == (labels > 0.5)))
+
+
+def test_two_classes_per_channel_are_scored_as_a_decision_of_each_channel():
+    """As eval.py scores them: means over channels, ranked by the difference of the two logits, not all pooled."""
+    rng = np.random.default_rng(7)
+    labels = rng.integers(0, 2, (40, 3))
+    logits = rng.normal(size=(40, 3, 2)) + np.array([[0, 0], [0, 3], [4, 0]])
+    scores = Classify(TaskConfig(kind="classify")).summarize({"logits": logits}, labels)
+    ranked = logits[..., 1] - logits[..., 0]
+    expected = np.mean([roc_auc_score(labels[:, k], ranked[:, k]) for k in range(3)])
+    assert scores["auroc"] == pytest.approx(expected, abs=1e-12)
+    assert abs(expected - roc_auc_score(labels.ravel(), ranked.ravel())) > 1e-3
+    assert scores["loss"] > 0
 
 
 def test_regression_is_the_mean_squared_error_of_real_windows():
