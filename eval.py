@@ -11,7 +11,7 @@ python eval.py probe CHECKPOINT labelled.h5 --folds 5         # frozen encoder a
 
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +19,9 @@ import numpy as np
 import tyro
 
 from configs import scoring
-from configs.outputs import Output, by_recording, prepare_windows, store_columns, whole_recording_columns
-from configs.protocol_table import folds_of, frozen_rows, labelled, markdown, pretraining_subjects
+from configs.outputs import Output, by_recording, channels_of, store_columns, whole_recording_columns
+from configs.protocol_table import folds_of, frozen_rows, given_test, labelled, markdown, pretraining_subjects
+from configs.recordings import RecordingSettings, prepare_windows
 from configs.results import check_columns_file, print_predictions, save_columns, save_predictions, save_table
 from configs.scoring import Part
 from configs.task_sheet import find_task
@@ -65,14 +66,11 @@ class Predict:
     source: Annotated[Path, tyro.conf.Positional]
     """a window store, a recording, or a folder of recordings"""
     out: Path
-    """.csv (a row per window, a column per class), .npz or .h5: predictions (n, K), window_id, subject, recording,
-    montage, start_sample, and labels if there are"""
+    """.csv (a row per window, a column per class), .npz or .h5: predictions (n, K), or (n, C, K) with classes for each
+    channel, window_id, subject, recording, montage, start_sample, and labels if there are"""
     batch_size: int = 64
     """windows per forward pass; it changes no number on a CPU"""
-    window: float = 5.0
-    """seconds per window, for recordings"""
-    stride: float | None = None
-    """seconds from one start to the next, for recordings; less than the window = overlap (default: the window)"""
+    recordings: Annotated[RecordingSettings, tyro.conf.arg(name="")] = field(default_factory=RecordingSettings)
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,7 @@ class Embed:
     """.npz or .h5: embeddings (n, M), window_id, subject, recording, montage, start_sample, and labels if there are"""
     batch_size: int = 64
     """windows per forward pass; it changes no number on a CPU"""
-    window: float = 5.0
-    """seconds per window, for recordings"""
-    stride: float | None = None
-    """seconds from one start to the next, for recordings; less than the window = overlap (default: the window)"""
+    recordings: Annotated[RecordingSettings, tyro.conf.arg(name="")] = field(default_factory=RecordingSettings)
     whole: bool = False
     """each recording as one long window, in bounded memory (LuMamba): embeddings (recordings, M), recording, seconds"""
 
@@ -101,8 +96,10 @@ class Probe:
 
     model: Annotated[Path, tyro.conf.Positional]
     """a run, or an exported model"""
-    data: Annotated[Path, tyro.conf.Positional]
-    """a window store with a class for each window"""
+    data: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """window stores with a class for each window"""
+    test: tuple[Path, ...] = ()
+    """stores to test on, of other subjects (a published division); empty = folds"""
     folds: int | None = 5
     """folds by subject; None = one subject left out at a time"""
     shots: int | None = None
@@ -167,12 +164,12 @@ def run_predict(options: Predict) -> None:
     if not as_table:
         check_columns_file(options.out)
     model = load(options.model)
-    columns, names = _columns(model, options, "prediction"), model.metadata["provenance"].get("class_names")
+    columns, channels = _columns(model, options, "prediction")
     if as_table:
-        save_table(options.out, columns, names)
+        save_table(options.out, columns, model.class_names, channels)
     else:
         save_columns(options.out, columns)
-    print_predictions(by_recording(columns), names)
+    print_predictions(by_recording(columns), model.class_names, channels)
     print(f"{options.out}: predictions {columns['predictions'].shape} of {options.source}")
 
 
@@ -183,35 +180,48 @@ def run_embed(options: Embed) -> None:
     if options.whole:
         if is_store(options.source):
             raise ValueError(f"{options.source} holds windows already: --whole takes recordings")
-        columns = whole_recording_columns(model, options.source, lambda text: print(text, file=sys.stderr))
+        if options.recordings.window is not None or options.recordings.stride is not None:
+            raise ValueError("--whole takes each recording as one window: leave --window and --stride out")
+        columns = whole_recording_columns(model, options.source, options.recordings, _say)
     else:
-        columns = _columns(model, options, "embedding")
+        columns = _columns(model, options, "embedding")[0]
     save_columns(options.out, columns)
     print(f"{options.out}: embeddings {columns['embeddings'].shape} of {options.source}")
 
 
-def _columns(model: LoadedModel, options: Predict | Embed, output: Output) -> dict[str, np.ndarray]:
+def _columns(
+    model: LoadedModel, options: Predict | Embed, output: Output
+) -> tuple[dict[str, np.ndarray], list[str] | None]:
+    """What to save of every window, and the names of the channels when each has outputs."""
     with tempfile.TemporaryDirectory() as temporary:
         path = options.source
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        if is_store(path):
-            stores = [open_store(path)]
-        else:
+        if not is_store(path):
             path = Path(temporary) / "windows.h5"
-            prepare_windows(options.source, path, model, options.window, options.stride)
-            stores = [open_store(path)]
-        return store_columns(model, stores, output, batch_size=options.batch_size)
+            prepare_windows(options.source, path, model, options.recordings, _say)
+        elif options.recordings != RecordingSettings():
+            raise ValueError(f"{path} holds windows already: --window, --montage and the filters are for recordings")
+        stores = [open_store(path)]
+        return store_columns(model, stores, output, batch_size=options.batch_size), channels_of(model, stores)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def run_probe(options: Probe) -> None:
     """Print the table of protocols, write it as JSON where asked."""
-    store = open_store(options.data)
-    data = labelled(store)
-    folds, seen = folds_of(data, options.folds), pretraining_subjects(options.model)
+    if not options.data:
+        raise ValueError("name the labelled window stores to probe the encoder on")
+    stores, tested = ([open_store(path) for path in paths] for paths in (options.data, options.test))
+    data = labelled([*stores, *tested])
+    folds = given_test(data, sum(map(len, tested))) if tested else folds_of(data, options.folds)
+    seen = pretraining_subjects(options.model)
     rows = frozen_rows(
-        data, store, {"encoder": load(options.model)}, folds, shots=options.shots, resamples=options.resamples,
-        say=lambda text: print(text, file=sys.stderr), baselines=options.baselines, seen={"encoder": seen or ()},
+        data, [*stores, *tested], {"encoder": load(options.model)}, folds, shots=options.shots,
+        resamples=options.resamples, say=lambda text: print(text, file=sys.stderr), baselines=options.baselines,
+        seen={"encoder": seen or ()},
     )  # fmt: skip
     if seen is None:
         note = "whether the encoder was pre-trained on these subjects is not known: if it was, its rows know more"
@@ -219,7 +229,11 @@ def run_probe(options: Probe) -> None:
     print(markdown(rows))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        found = {"model": str(options.model), "data": str(options.data), "rows": [asdict(row) for row in rows]}
+        found = {
+            "model": str(options.model),
+            "data": [str(store.path) for store in stores],
+            "rows": [asdict(row) for row in rows],
+        }
         write_json(found | {"splits": [fold.digest for fold in folds]}, options.out)
 
 

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,6 +78,20 @@ class Windows:
     def has_several_montages(self) -> bool:
         """Whether the windows have more than one montage."""
         return len({name for store in self.stores for name in store.montages}) > 1
+
+    @functools.cached_property
+    def preparation(self) -> dict[str, Any]:
+        """How the training windows were prepared, each None where their stores differ.
+
+        `channels`, names in their order; `filters`, as the stores state them (`StoreInfo.filters`).
+        """
+        stores = [store for store, _ in self.pairs("train")]
+        channels = {montage.ch_names for store in stores for montage in store.montages.values()}
+        filters = {json.dumps(store.info.filters, sort_keys=True) for store in stores}
+        return {
+            "channels": list(channels.pop()) if len(channels) == 1 else None,
+            "filters": json.loads(filters.pop()) if len(filters) == 1 else None,
+        }
 
     def montage_names_of(self, window_ids: np.ndarray) -> np.ndarray:
         """Names of the montages of windows `(n,)`; empty for filler rows (-1)."""

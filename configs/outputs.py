@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 
 from configs.data import loader_patch
+from configs.recordings import RecordingSettings, check_channels, recording_config
 from data_pipeline.loader import Batches, LoaderConfig, make_dataset
-from data_pipeline.prepare import PrepareConfig, prepare
 from data_pipeline.preprocess import preprocess
 from data_pipeline.readers import read_recording
 from data_pipeline.store import Store
@@ -28,21 +28,24 @@ def store_columns(
 
     Windows of any montages and lengths share the batches (`evaluation_batches`). A window that is not finite has NaN.
 
-    Returns: `embeddings` (n, M) or `predictions` (n, K) float32; `window_id`, `subject`, `recording`, `montage`,
-        `start_sample` and, where all stores have them, `label` (n,).
+    Returns: `embeddings` (n, M) or `predictions` (n, K) float32, (n, C, K) of a model with classes for each channel;
+        `window_id`, `subject`, `recording`, `montage`, `start_sample` and, where all stores have them, `label` (n,).
     Raises: ValueError, one sentence, when a store does not fit the model.
     """
     for store in stores:
         check_rate(model.metadata["provenance"], store)
+        for name, montage in store.montages.items():
+            check_channels(model, montage.ch_names, f"{store.path}, montage {name},")
     found: dict[str, np.ndarray] = {"window_id": np.arange(sum(map(len, stores)))}
     ids, values = run_batches(model, evaluation_batches(model, stores, batch_size=batch_size), output)
-    found[COLUMN[output]] = np.full((len(found["window_id"]), values.shape[1]), np.nan, np.float32)
+    found[COLUMN[output]] = np.full((len(found["window_id"]), *values.shape[1:]), np.nan, np.float32)
     found[COLUMN[output]][ids] = values
     columns = ("subjects", "recordings", "montage_names", "start_samples")
     for name, column in zip(("subject", "recording", "montage", "start_sample"), columns, strict=True):
         found[name] = np.concatenate([np.asarray(getattr(store, column)) for store in stores])
-    if all(store.labels is not None for store in stores) and len({store.labels.shape[1:] for store in stores}) == 1:
-        found["label"] = np.concatenate([store.labels for store in stores])
+    labels = [store.labels for store in stores if store.labels is not None]
+    if len(labels) == len(stores) and len({own.shape[1:] for own in labels}) == 1:
+        found["label"] = np.concatenate(labels)
     return found
 
 
@@ -80,34 +83,22 @@ def check_rate(provenance: Mapping[str, Any], store: Store) -> None:
         )
 
 
-def prepare_windows(source: Path, out: Path, model: LoadedModel, seconds: float, stride: float | None) -> dict:
-    """Cut a recording, or a folder of recordings, into windows of `seconds` every `stride`; the manifest.
-
-    Raises ValueError, one sentence, when nothing can be used.
-    """
-    folder, include = (source, ()) if source.is_dir() else (source.parent, (source.name,))
-    return prepare(PrepareConfig(folder, out, include=include, sfreq=model_rate(model), window=seconds, stride=stride))
-
-
-def model_rate(model: LoadedModel) -> float:
-    """The sampling rate that the model was trained at, hertz; published models: 256."""
-    return float(model.metadata["provenance"].get("sfreq", 256.0))
-
-
-def whole_recording_columns(model: LoadedModel, source: Path, say: Callable[[str], None]) -> dict[str, np.ndarray]:
+def whole_recording_columns(
+    model: LoadedModel, source: Path, asked: RecordingSettings, say: Callable[[str], None]
+) -> dict[str, np.ndarray]:
     """The embedding of every recording of `source` (a file or a folder) as one long window, in bounded memory.
 
-    A recording that cannot be used is said and left out.
+    A recording that cannot be used is said and left out, and how they are prepared is said.
 
     Returns: `embeddings` (n, M), `recording`, `montage` (n,), `seconds` (n,).
     Raises: ValueError when none is left, or for an architecture that needs windows (`embed_recording`).
     """
     paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    settings = PrepareConfig(source if source.is_dir() else source.parent, Path("unused.h5"), sfreq=model_rate(model))
+    settings = recording_config(source, Path("unused.h5"), model, asked, say, cut=False).preprocess_config()
     rows: list[tuple[np.ndarray, str, str, float]] = []
     for path in paths:
         try:
-            recording, montage = preprocess(read_recording(path), settings.preprocess_config())
+            recording, montage = preprocess(read_recording(path), settings)
         except ValueError as error:
             say(f"{path}: left out, {' '.join(str(error).split())}")
             continue
@@ -132,9 +123,21 @@ def by_recording(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Mean prediction of every recording, over its windows that have one: `recording`, `windows`, `predictions`."""
     names, group = np.unique(columns["recording"], return_inverse=True)
     values = columns["predictions"].astype(np.float64)
-    finite = np.isfinite(values).all(1)
+    finite = np.isfinite(values).reshape(len(values), -1).all(1)
     counts = np.bincount(group[finite], minlength=len(names))
-    sums = np.zeros((len(names), values.shape[1]))
+    sums = np.zeros((len(names), *values.shape[1:]))
     np.add.at(sums, group[finite], values[finite])
     with np.errstate(invalid="ignore"):
-        return {"recording": names, "windows": counts, "predictions": sums / counts[:, None]}
+        means = sums / counts.reshape(-1, *[1] * (values.ndim - 1))
+    return {"recording": names, "windows": counts, "predictions": means}
+
+
+def channels_of(model: LoadedModel, stores: Sequence[Store]) -> list[str] | None:
+    """Names of the channels that a model with outputs for each channel predicts: of its training, else of the stores.
+
+    None for a model without such outputs, and where they are not known.
+    """
+    if model.config.output_channels is None:
+        return None
+    found = {montage.ch_names for store in stores for montage in store.montages.values()}
+    return model.metadata["provenance"].get("channels") or (list(found.pop()) if len(found) == 1 else None)

@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 
 from configs import outputs
+from configs.recordings import RecordingSettings, recording_config
+from configs.results import print_predictions, save_table
 from data_pipeline.montages import montage_of
 from data_pipeline.store import StoreInfo, WindowStore, create_store
 from lumamba_jax import inference
@@ -95,3 +97,99 @@ def test_what_does_not_fit_is_refused(model, stores):
     other = dataclasses.replace(model, config=MICRO.replace(patch_size=64))
     with pytest.raises(ValueError, match="80 samples"):
         outputs.store_columns(other, stores, "embedding")
+
+
+PER_CHANNEL = {"class_names": ["clean", "artefact"], "channels": ["F3", "FZ", "F4"]}
+
+
+@pytest.fixture(scope="module")
+def per_channel(tmp_path_factory):
+    config = MICRO.replace(head="mamba", output_channels=3, num_outputs=2)
+    params = nnx.split(LuMamba(config, rngs=nnx.Rngs(1)))[1]
+    return inference.load(save_pretrained(tmp_path_factory.mktemp("model") / "m", config, params, PER_CHANNEL))
+
+
+def one_montage(path, names):
+    signal = np.random.default_rng(3).normal(0, 20, (6, len(names), 80)).astype(np.float32)
+    with create_store(path, StoreInfo(SFREQ, 80, 0.8)) as writer:
+        for k in range(2):
+            own = {"subject": f"s{k}", "recording": f"r{k}", "start_samples": np.arange(3) * 80}
+            writer.add(f"g{k}", signal[3 * k : 3 * k + 3], montage_of(names), **own)
+    return WindowStore(path)
+
+
+def test_classes_of_each_channel_are_saved_and_shown(per_channel, tmp_path, capsys):
+    store = one_montage(tmp_path / "three.h5", MONTAGES[2])
+    columns = outputs.store_columns(per_channel, [store], "prediction")
+    expected = inference.predict(per_channel, store.read(np.arange(6)), next(iter(store.montages.values())).locations)
+    assert expected.shape == (6, 3, 2)
+    np.testing.assert_allclose(columns["predictions"], expected, atol=1e-5)
+    found = outputs.by_recording(columns)
+    np.testing.assert_allclose(found["predictions"][1], expected[3:].mean(0), rtol=1e-4)
+
+    channels = outputs.channels_of(per_channel, [store])
+    save_table(tmp_path / "table.csv", columns, per_channel.class_names, channels)
+    header, first, *_ = [line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines()]
+    assert header[-6:] == [f"{site} {name}" for site in PER_CHANNEL["channels"] for name in PER_CHANNEL["class_names"]]
+    np.testing.assert_allclose(np.array(first[-6:], float), expected[0].ravel(), atol=1e-5)
+    save_table(tmp_path / "table.csv", columns, None, None)
+    assert (tmp_path / "table.csv").read_text().splitlines()[0].endswith("channel_2 output_0,channel_2 output_1")
+
+    print_predictions(found, per_channel.class_names, channels)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "r1" in line and "FZ" in line]
+    assert all(f"{value:.3f}" in row for value in expected[3:, 1].mean(0))
+
+
+def test_other_channels_than_those_with_outputs_are_refused(per_channel, tmp_path):
+    with pytest.raises(ValueError, match=r"outputs for 3 channels, .* has 2"):
+        outputs.store_columns(per_channel, [one_montage(tmp_path / "two.h5", MONTAGES[0])], "prediction")
+    with pytest.raises(ValueError, match="trained on the channels F3, FZ, F4 in this order"):
+        outputs.store_columns(per_channel, [one_montage(tmp_path / "order.h5", ["F4", "FZ", "F3"])], "prediction")
+
+
+BIPOLAR = ["FP1-F7", "F7-T3"]
+FILTERS = {"l_freq": None, "h_freq": 45.0, "notch": 60.0, "reference": "average"}
+
+
+@pytest.mark.parametrize(
+    ("provenance", "asked", "expected", "assumed"),
+    [
+        ({}, {}, ("auto", "none", 0.1, 75.0, "50", 256.0, 5.0), True),
+        ({"sfreq": 100, "n_times": 80, "filters": FILTERS}, {}, ("auto", "average", None, 45.0, "60", 100, 0.8), True),
+        (
+            {"sfreq": 100, "n_times": 80, "filters": FILTERS, "channels": BIPOLAR},
+            {},
+            ("FP1-F7,F7-T3", "average", None, 45.0, "60", 100, 0.8),
+            False,
+        ),
+        (
+            {"sfreq": 100, "n_times": 80, "filters": FILTERS, "channels": BIPOLAR},
+            {"montage": "auto", "notch": "none", "l_freq": 0.5, "h_freq": "none", "window": 2.0, "reference": "none"},
+            ("auto", "none", 0.5, None, "none", 100, 2.0),
+            False,
+        ),
+    ],
+)
+def test_recordings_are_prepared_as_the_model_was_trained(model, tmp_path, provenance, asked, expected, assumed):
+    said = []
+    own = dataclasses.replace(model, config=MICRO.replace(patch_size=8), metadata={"provenance": provenance})
+    found = recording_config(tmp_path, tmp_path / "w.h5", own, RecordingSettings(**asked), said.append)
+    names = ("montage", "reference", "l_freq", "h_freq", "notch", "sfreq", "window")
+    assert tuple(getattr(found, name) for name in names) == expected
+    (line,) = said
+    assert ("assumed" in line) == assumed
+
+
+@pytest.mark.parametrize(
+    ("asked", "provenance", "message"),
+    [
+        ({"window": 0.5}, {}, "not a multiple of the patch size"),
+        ({"montage": "nowhere"}, {}, "'nowhere' is not 'auto'"),
+        ({"l_freq": 50.0}, {"filters": FILTERS}, "0 < l_freq < h_freq"),
+        ({}, {"filters": {"notch": 55.0}}, "choose --notch 50, 60 or none"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_the_work(model, tmp_path, asked, provenance, message):
+    own = dataclasses.replace(model, metadata={"provenance": {"sfreq": SFREQ, "n_times": 80, **provenance}})
+    with pytest.raises(ValueError, match=message):
+        recording_config(tmp_path, tmp_path / "w.h5", own, RecordingSettings(**asked), pytest.fail)
