@@ -35,7 +35,7 @@ class Published:
 
 
 FAMILY = ("LuMamba", "LUNA", "FEMBA")
-"""First words of the models of one code base: same windows, same scores."""
+"""First words of the models of one code base, which scores all of them alike."""
 _LUMAMBA = "LuMamba: arXiv 2603.19100, its model card, the blog post at thorirmar.com"
 _LUNA = "LUNA, arXiv 2510.22257"
 _FEMBA = "FEMBA, arXiv 2502.06438"

@@ -23,12 +23,13 @@ from test_train_eval import REPOSITORY, call
 import configs
 from configs import scoring
 from configs.data import open_windows, resolve
+from configs.results import origin_of
 from configs.run_directory import open_run_directory
 from configs.task_sheet import TASKS
 from data_pipeline.montages import montage_of
 from data_pipeline.store import StoreInfo, create_store
+from lumamba_jax import metrics
 from lumamba_jax.checkpoint import abstract_params, save_pretrained
-from lumamba_jax.metrics import Predictions
 
 TASK = TASKS["modma_13"]
 MICRO = (
@@ -271,7 +272,7 @@ def test_measured_joints_are_scored_by_themselves():
     targets = rng.normal(size=(30, 12))
     outputs = targets + rng.normal(size=(30, 12)) * np.repeat([0.5, 2.0], 6)
     names = np.array([f"s{i % 3}" for i in range(30)])
-    predictions = Predictions(outputs, targets, np.arange(30), names, names)
+    predictions = metrics.Predictions(outputs, targets, np.arange(30), names, names)
     found = scoring._score(predictions, "regression", None, "mobi_60", 20).levels["window"]
     assert [row["name"] for row in found.per_class][::6] == ["GHR", "PHR"]
     for name, count in (("r2", 12), ("r2_measured", 6)):
@@ -281,6 +282,30 @@ def test_measured_joints_are_scored_by_themselves():
         sk.root_mean_squared_error(targets[:, :6].ravel(), outputs[:, :6].ravel()), abs=1e-12
     )
     assert found.metrics["pearson_measured"].low < found.metrics["pearson_measured"].high
+
+
+def test_published_mobi_numbers_stand_beside_those_of_the_measured_joints():
+    ours = {name: metrics.Spread(value, float("nan"), [value]) for name, value in (("r2", 0.2), ("r2_measured", 0.1))}
+    comparison = scoring.Comparison(TASKS["mobi_60"], "indicative", "...", ours, ())
+    _, rows = comparison.rows()
+    assert [row[:2] for row in rows] == [
+        ["ours", "0.2000"],
+        ["ours, 6 measured outputs", "0.1000"],
+        ["LuMamba tiny", "0.1160"],
+    ]
+    assert comparison.to_dict()["ours_measured"]["r2"]["mean"] == 0.1
+
+
+def test_the_origin_is_followed_to_the_objective_and_the_converted_file():
+    pretrained = origin_of({"provenance": {"task": {"kind": "pretrain", "objective": "mixed"}}, "leaves": {"a": 1}})
+    assert pretrained["objective"] == "mixed"
+    assert len(pretrained["weights"]) == 16
+    supervised = {"task": {"kind": "classify", "objective": "lejepa"}, "origin": pretrained}  # its objective is unused
+    again = origin_of({"provenance": supervised, "leaves": {"a": 2}})
+    assert again["objective"] == "mixed"
+    assert again["weights"] != pretrained["weights"]
+    converted = origin_of({"provenance": {"file": "LuMamba.safetensors", "sha256": "ab", "mapped": {}}})
+    assert converted == {"file": "LuMamba.safetensors", "sha256": "ab", "weights": None}
 
 
 @pytest.mark.slow
