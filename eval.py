@@ -31,6 +31,8 @@ from lumamba_jax.compilation import enable_compilation_cache, use_cpu_cores
 from lumamba_jax.inference import LoadedModel, load
 from lumamba_jax.run_log import write_json
 
+_PLAIN_NAMES = tyro.conf.arg(name="", help="how recordings become windows")
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -70,7 +72,7 @@ class Predict:
     channel, window_id, subject, recording, montage, start_sample, and labels if there are"""
     batch_size: int = 64
     """windows per forward pass; it changes no number on a CPU"""
-    recordings: Annotated[RecordingSettings, tyro.conf.arg(name="")] = field(default_factory=RecordingSettings)
+    recordings: Annotated[RecordingSettings, _PLAIN_NAMES] = field(default_factory=RecordingSettings)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Embed:
     """.npz or .h5: embeddings (n, M), window_id, subject, recording, montage, start_sample, and labels if there are"""
     batch_size: int = 64
     """windows per forward pass; it changes no number on a CPU"""
-    recordings: Annotated[RecordingSettings, tyro.conf.arg(name="")] = field(default_factory=RecordingSettings)
+    recordings: Annotated[RecordingSettings, _PLAIN_NAMES] = field(default_factory=RecordingSettings)
     whole: bool = False
     """each recording as one long window, in bounded memory (LuMamba): embeddings (recordings, M), recording, seconds"""
 
