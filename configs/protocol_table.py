@@ -198,7 +198,7 @@ def eegnet(data: Labelled, signal: np.ndarray, split: Split) -> np.ndarray:
         ratio = Fraction(EEGNET_SFREQ / sfreq).limit_denominator(1000)
         signal = resample_poly(signal, ratio.numerator, ratio.denominator, axis=-1).astype(np.float32)
         sfreq *= float(ratio)
-    network = EEGNetClassifier(data.num_classes, sfreq, EEGNetConfig(max_epochs=60, patience=10))
+    network = EEGNetClassifier(data.num_classes, sfreq, EEGNetConfig(max_epochs=40, patience=8))
     network.fit(signal[split.train], data.labels[split.train], (signal[split.val], data.labels[split.val]))
     return network.predict_proba(signal[split.test]).astype(np.float64)
 
