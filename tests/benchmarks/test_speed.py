@@ -188,7 +188,7 @@ def test_peers_are_installed_again_when_the_list_changes(tmp_path, monkeypatch):
     [
         ("evaluate", "ours", [8], "float32"),
         ("evaluate", "ours", [1], "bfloat16"),
-        ("train", "ours", [8], "float32"),
+        pytest.param("train", "ours", [8], "float32", marks=pytest.mark.slow),
         ("scan", "auto", [2, 5], "bfloat16"),
         ("scan_gradient", "chunked", [1, 20], "float32"),
         ("long", "streamed", [40], "float32"),

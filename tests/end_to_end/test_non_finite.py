@@ -65,6 +65,7 @@ def test_the_run_stops_and_names_the_window(overflowing, tmp_path):
     assert f"is not finite: {name};" in " ".join(said.split())
 
 
+@pytest.mark.slow
 def test_skipped_steps_change_nothing_and_are_counted(overflowing, tmp_path):
     path, name = overflowing
     said = call("train.py", *options(path, tmp_path / "run"), "--trainer.non-finite", "skip")

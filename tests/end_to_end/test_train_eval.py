@@ -173,6 +173,7 @@ def test_embeddings_of_recordings_equal_those_of_their_windows(work, pretrained)
             np.testing.assert_allclose(stored, fresh, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_recording_is_one_vector_or_overlapping_windows(work, pretrained):
     recording = work / "recordings" / "subject-02.edf"
     call("eval.py", "embed", pretrained, work / "recordings", "--out", work / "whole.npz", "--whole")

@@ -176,7 +176,12 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], t
         assert np.abs(found[name] - value).max() <= tolerance * scale, name
 
 
-@pytest.mark.parametrize("name", TASKS)
+PARTS_OF_MIXED = {"LeJEPA", "reconstruction"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in PARTS_OF_MIXED else []) for name in TASKS]
+)
 def test_blocks_give_loss_metrics_and_gradient_of_the_whole_batch(name):
     for dtype, tolerance in (("float64", 1e-10), ("float32", 1e-5)):
         with jax.enable_x64(dtype == "float64"):

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 import configs
 from lumamba_jax import pod_plan
 from lumamba_jax.accelerators import ACCELERATORS, GIB, HOP_SECONDS, Topology, parse_topology
+from lumamba_jax.checkpoint import abstract_params
 from lumamba_jax.flops import forward_flops
 from lumamba_jax.hlo_costs import Collective, array_bytes, collectives, estimated_cycles, hbm_bytes, parse_program
 from lumamba_jax.pod_plan import CompiledStep, DoesNotFitError, Plan, Window
@@ -339,7 +340,7 @@ class TestCommandLine:
         assert "ESTIMATE" in capsys.readouterr().out
         gradient = [c for c in figures["step"]["collectives"] if c["kind"] == "all-reduce" and c["group"] == 8]
         config = configs.load("debug")
-        parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(pod_plan.abstract_params(config.model)))
+        parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_params(config.model)))
         assert sum(c["size"] * c["count"] for c in gradient) >= 4 * 0.9 * parameters
 
 

@@ -96,6 +96,7 @@ def test_resumed_equals_unbroken_bit_for_bit(unbroken, tmp_path):
         np.testing.assert_array_equal(np.asarray(found[name]), expected[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_eight_devices_in_blocks_equal_one_at_once(unbroken, monkeypatch):
     monkeypatch.setattr("lumamba_jax.sharding._MIN_SPLIT_SIZE", 128)  # so that kernels of the micro model are split
     mesh, optimizer, _, step = build(MICRO, PRETRAIN, MeshConfig(fsdp=2, devices=8), micro=1)

@@ -214,7 +214,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["LuMamba", pytest.param("LUNA", marks=pytest.mark.slow), "FEMBA"])
 def test_rematerialisation_changes_what_is_kept_but_no_number(name):
     config = MODELS[name]
     rng = np.random.default_rng(0)
