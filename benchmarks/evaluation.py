@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
+from scipy.special import softmax
 
 from benchmarks.peers import install_peers
 from benchmarks.speed import load_average, machine
@@ -95,9 +96,7 @@ def differences(folder: Path) -> dict[str, float]:
     (ours,) = folder.glob("jax_*.npy")
     found = {}
     for path in sorted(folder.glob("torch_*.npy")):
-        logits = np.load(path).astype(np.float64)
-        logits -= logits.max(1, keepdims=True)
-        theirs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        theirs = softmax(np.load(path).astype(np.float64), axis=1)
         found[path.stem] = float(np.abs(theirs - np.load(ours)).max())
     return found
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from scipy.special import softmax
 from sklearn.neighbors import KNeighborsClassifier
 
 from benchmarks.real_pretraining import CLASSES, uci_to_csv
@@ -136,8 +137,7 @@ def trained_row(
             logits = found["logits"][order].astype(np.float64)
         if not np.array_equal(rows[-1], np.sort(split.test)):
             raise ValueError(f"{run} tested other windows than fold {number}: choose another --out")
-        logits -= logits.max(1, keepdims=True)
-        probabilities.append(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))
+        probabilities.append(softmax(logits, axis=1))
     scores = scores_of(data, np.concatenate(rows), np.concatenate(probabilities), options.resamples)
     count = sum(map(len, rows))
     return Row(name, "nothing", count, scores), {"seconds": round(seconds), "runs": len(splits)}

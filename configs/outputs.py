@@ -13,7 +13,7 @@ from data_pipeline.preprocess import preprocess
 from data_pipeline.readers import read_recording
 from data_pipeline.store import Store
 from lumamba_jax.femba import FembaConfig
-from lumamba_jax.inference import LoadedModel, embed_recording, run_batches, whole_blocks
+from lumamba_jax.inference import LoadedModel, bucket_size, embed_recording, run_batches, whole_blocks
 
 Output = Literal["embedding", "prediction"]
 COLUMN = {"embedding": "embeddings", "prediction": "predictions"}
@@ -70,8 +70,7 @@ def padded_sizes(counts: Sequence[int]) -> tuple[int, ...]:
     distinct = sorted(set(counts))
     if len(distinct) <= MOST_SIZES:
         return tuple(distinct)
-    ladder = [size for k in range(max(distinct).bit_length() + 1) for size in (2**k, 3 * 2**k // 2)]
-    return tuple(sorted({min(size for size in ladder if size >= count) for count in distinct}))
+    return tuple(sorted({bucket_size(count) for count in distinct}))
 
 
 def check_rate(provenance: Mapping[str, Any], store: Store) -> None:

@@ -340,7 +340,7 @@ def _padded(model: LoadedModel, signal: np.ndarray, locations: np.ndarray) -> di
     rows, channels, samples = signal.shape
     size = model.config.patch_size
     patches = samples // size
-    b, c, s = (_ladder(size) for size in (rows, channels, patches))
+    b, c, s = (bucket_size(size) for size in (rows, channels, patches))
     if isinstance(model.config, FembaConfig):
         return {"signal": np.pad(signal, ((0, b - rows), (0, 0), (0, 0)))}  # a fixed grid: rows only
     batch = {
@@ -359,7 +359,7 @@ def _padded(model: LoadedModel, signal: np.ndarray, locations: np.ndarray) -> di
     return batch | {"position_encoding": encoding.astype(np.float32)}
 
 
-def _ladder(size: int) -> int:
+def bucket_size(size: int) -> int:
     """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds `size`."""
     power = 1 << (size - 1).bit_length()
     return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power

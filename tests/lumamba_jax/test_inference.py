@@ -66,9 +66,9 @@ def test_predictions_are_probabilities_of_the_named_classes(model, recording):
 
 def test_bucket_sizes_hold_their_content_and_waste_at_most_half():
     for size in range(1, 300):
-        bucket = inference._ladder(size)
+        bucket = inference.bucket_size(size)
         assert size <= bucket <= max(size, 1.5 * size)
-    assert [inference._ladder(size) for size in (1, 3, 5, 7, 19, 22, 25, 32)] == [1, 3, 6, 8, 24, 24, 32, 32]
+    assert [inference.bucket_size(size) for size in (1, 3, 5, 7, 19, 22, 25, 32)] == [1, 3, 6, 8, 24, 24, 32, 32]
 
 
 def test_bad_arrays_are_refused(model, recording):
