@@ -101,7 +101,7 @@ class Probe:
     data: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """window stores with a class for each window"""
     test: tuple[Path, ...] = ()
-    """stores to test on, of other subjects (a published division); empty = folds"""
+    """stores to test on (a published division), of other subjects or of other trials; empty = folds"""
     folds: int | None = 5
     """folds by subject; None = one subject left out at a time"""
     shots: int | None = None

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +27,17 @@ from data_pipeline.protocols import (
     calibration_splits,
     embedding_methods,
     few_shot_methods,
+    fitted_rows,
     out_of_fold,
 )
-from data_pipeline.splits import Split, leave_one_subject_out, split_by_lists, split_by_subject, subject_folds
+from data_pipeline.splits import (
+    Split,
+    check_leakage,
+    leave_one_subject_out,
+    split_by_lists,
+    split_by_subject,
+    subject_folds,
+)
 from data_pipeline.store import Store
 from lumamba_jax.eegnet import EEGNetClassifier, EEGNetConfig
 from lumamba_jax.inference import LoadedModel
@@ -117,13 +125,27 @@ def folds_of(data: Labelled, folds: int | None, *, seed: int = 0) -> list[Split]
 
 
 def given_test(data: Labelled, tested: int, *, seed: int = 0) -> list[Split]:
-    """One fold: the last `tested` windows are the test, the others are divided into training and validation.
+    """One fold: the last `tested` windows are the test, the others are divided by subject into training and validation.
 
-    Raises: ValueError for a subject on both sides.
+    Where subjects are in both (a division by trials, as SEED-V's), windows that overlap or touch across parts are
+    refused. Raises: ValueError for these, and for fewer than two subjects to train on.
     """
-    fit, test = data.subjects[: len(data.subjects) - tested], data.subjects[len(data.subjects) - tested :]
-    lists = split_by_subject(fit, data.labels[: len(fit)], val_fraction=0.2, seed=seed).subjects
-    return [split_by_lists(data.subjects, train=lists["train"], val=lists["val"], test=np.unique(test).tolist())]
+    fitted = len(data.subjects) - tested
+    fold = split_by_subject(data.subjects[:fitted], data.labels[:fitted], val_fraction=0.2, seed=seed)
+    test = np.unique(data.subjects[fitted:])
+    if not np.isin(test, data.subjects[:fitted]).any():
+        lists = fold.subjects
+        return [split_by_lists(data.subjects, train=lists["train"], val=lists["val"], test=test.tolist())]
+    rows = np.arange(fitted, len(data.subjects))
+    ids = {**fold.subjects, "test": tuple(test.tolist())}
+    split = Split(fold.train, fold.val, rows, ids, unit="time", num_windows=len(data.subjects))
+    check_leakage(split, data.subjects, data.recordings, data.times)
+    return [split]
+
+
+def trains_on_tested(data: Labelled, folds: Sequence[Split]) -> bool:
+    """Whether some fold trains on labelled windows of a subject that it tests, as divisions by trial do."""
+    return any(np.isin(data.subjects[fold.test], data.subjects[fitted_rows(fold)]).any() for fold in folds)
 
 
 def frozen_rows(
@@ -162,6 +184,8 @@ def frozen_rows(
         known = set((seen or {}).get(name, ())) & set(np.unique(data.subjects).tolist())
         knows[name] = "pre-training windows" if known else "nothing"
         methods += embedding_methods(data, own, name=name, knows=knows[name])
+    if trains_on_tested(data, folds):  # then no method is without labels of a test subject
+        methods = [replace(method, knows="labelled windows") for method in methods]
     rows = [_row(data, method, folds, resamples, say) for method in methods]
     if shots is None:
         return rows

@@ -10,6 +10,8 @@ import numpy as np
 
 from data_pipeline.band_power import classify
 
+_SIMILARITIES = 16_000_000  # held at a time: all pairs of a corpus would not fit a memory
+
 linear_probe = classify
 """Standardised features, logistic regression, its penalty chosen by subject (`band_power.classify`)."""
 
@@ -29,12 +31,23 @@ def nearest_neighbours(
     """
     centre, scale = train_features.mean(0), train_features.std(0) + 1e-9
     train, test = (_unit((x - centre) / scale) for x in (train_features, test_features))
-    similarity = train @ train.T
-    similarity[np.equal.outer(train_subjects, train_subjects)] = -np.inf
-    several = len(np.unique(train_subjects)) > 1
-    losses = [_log_loss(_votes(similarity, train_labels, k, num_classes), train_labels) for k in neighbours]
-    best = neighbours[int(np.argmin(losses))] if several else neighbours[0]
-    return _votes(test @ train.T, train_labels, best, num_classes)
+    best = neighbours[0]
+    if len(np.unique(train_subjects)) > 1:
+        votes = {k: np.empty((len(train), num_classes)) for k in neighbours}
+        for rows in _blocks(len(train), len(train)):
+            similarity = train[rows] @ train.T
+            similarity[np.equal.outer(train_subjects[rows], train_subjects)] = -np.inf
+            for k in neighbours:
+                votes[k][rows] = _votes(similarity, train_labels, k, num_classes)
+        best = min(neighbours, key=lambda k: _log_loss(votes[k], train_labels))
+    blocks = _blocks(len(test), len(train))
+    return np.concatenate([_votes(test[rows] @ train.T, train_labels, best, num_classes) for rows in blocks])
+
+
+def _blocks(rows: int, columns: int) -> list[slice]:
+    """`rows` in pieces whose similarities with `columns` windows take about 128 MB."""
+    size = max(1, _SIMILARITIES // columns)
+    return [slice(first, first + size) for first in range(0, rows, size)]
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

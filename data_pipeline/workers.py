@@ -5,9 +5,11 @@ its outcome is a "rejected" entry and the others go on.
 """
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +26,7 @@ KILLED = {
     "transient": True,
 }
 _CONNECT_SECONDS = 30
+_LOOK_SECONDS = 60.0  # between two looks at whether a cluster still has workers
 _IN_FLIGHT = 2000  # tasks a Dask scheduler holds at a time: it must not grow with the number of files
 
 
@@ -134,7 +137,7 @@ def _on_cluster(work: Work, tasks: Sequence[Task], scheduler: str, shared: Path 
         client = Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
         raise ValueError(f"no Dask scheduler answers at {scheduler}: start one with `dask scheduler`") from error
-    with client:
+    with client, _watched(client, scheduler):
         _check_workers(client, scheduler, shared)
         waiting, suspects = deque(range(len(tasks))), []
         running: dict[Any, int] = {}
@@ -166,6 +169,27 @@ def _on_cluster(work: Work, tasks: Sequence[Task], scheduler: str, shared: Path 
                 f"the Dask scheduler at {scheduler} was lost: start it again and run the same command; finished files "
                 "are kept"
             ) from error
+
+
+@contextlib.contextmanager
+def _watched(client: Any, scheduler: str) -> Iterator[None]:
+    """Say on stderr when the last worker is gone: the scheduler waits for another, and tells nobody."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_LOOK_SECONDS):
+            with contextlib.suppress(Exception):  # a scheduler that is gone is named by whoever waits for results
+                if not client.nthreads():
+                    print(f"no worker is connected to {scheduler}: waiting for one; start some with `dask worker "
+                          f"{scheduler} --nthreads 1`, or stop this command: finished files are kept",
+                          file=sys.stderr, flush=True)  # fmt: skip
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _check_workers(client: Any, scheduler: str, shared: Path | None) -> None:

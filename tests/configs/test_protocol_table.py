@@ -12,13 +12,14 @@ from data_pipeline.store import StoreInfo, WindowStore, create_store
 SFREQ, SAMPLES = 100, 100
 
 
-def store_of(path, subjects, names, *, classes=("a", "b")):
+def store_of(path, subjects, names, *, classes=("a", "b"), first=0):
+    """Six contiguous windows of each subject, from the window number `first` of its recording on."""
     rng = np.random.default_rng(0)
     with create_store(path, StoreInfo(SFREQ, SAMPLES, SAMPLES / SFREQ, class_names=list(classes))) as writer:
         for number, subject in enumerate(subjects):
             signal = rng.normal(0, 20, (6, len(names), SAMPLES)).astype(np.float32)
             labels = np.arange(6) % 2
-            who = {"subject": subject, "recording": subject, "start_samples": np.arange(6) * SAMPLES}
+            who = {"subject": subject, "recording": subject, "start_samples": (first + np.arange(6)) * SAMPLES}
             writer.add(f"g{number}", signal, montage_of(names), labels=labels, **who)
     return WindowStore(path)
 
@@ -41,9 +42,24 @@ def test_a_given_test_part_is_the_only_fold_and_shares_no_subject(tmp_path):
     (split,) = protocol_table.given_test(protocol_table.labelled([train, test]), len(test))
     assert split.test.tolist() == list(range(30, 42))
     assert sorted([*split.train, *split.val]) == list(range(30))
-    again = store_of(tmp_path / "again.h5", ["s4", "t3"], names)
-    with pytest.raises(ValueError, match="s4"):
-        protocol_table.given_test(protocol_table.labelled([train, again]), len(again))
+    assert not protocol_table.trains_on_tested(protocol_table.labelled([train, test]), [split])
+
+
+def test_a_test_part_of_other_trials_is_a_fold_whose_rows_know_labels_of_the_subject(tmp_path):
+    names, subjects = ["C3", "C4"], ["s1", "s2", "s3"]
+    train = store_of(tmp_path / "train.h5", subjects, names)
+    trials = store_of(tmp_path / "trials.h5", subjects, names, first=20)
+    data = protocol_table.labelled([train, trials])
+    (split,) = folds = protocol_table.given_test(data, len(trials))
+    assert split.test.tolist() == list(range(18, 36))
+    assert sorted([*split.train, *split.val]) == list(range(18))
+    assert protocol_table.trains_on_tested(data, folds)
+    rows = protocol_table.frozen_rows(data, [train, trials], {}, folds, shots=None, resamples=10, say=lambda _: None)
+    assert {row.knows for row in rows} == {"labelled windows"}
+    assert rows[0].windows == 18
+    touching = store_of(tmp_path / "touching.h5", subjects, names, first=6)
+    with pytest.raises(ValueError, match=r"s1.*touch"):
+        protocol_table.given_test(protocol_table.labelled([train, touching]), len(touching))
 
 
 def test_what_an_encoder_has_seen_is_read_from_its_run(tmp_path):

@@ -19,7 +19,7 @@ import corpus_trees as trees
 import numpy as np
 import pytest
 
-from data_pipeline import prepare_corpus, source_windows
+from data_pipeline import prepare_corpus, source_windows, workers
 from data_pipeline.corpora import CORPORA
 from data_pipeline.prepare import main
 from data_pipeline.store import WindowStore
@@ -395,3 +395,36 @@ def test_a_dask_cluster_that_loses_a_worker_writes_the_same_bytes(tmp_path, nann
         assert len(results) < 12  # it was killed mid-way
         assert pids[0] not in client.run(os.getpid).values()
     assert contents(tmp_path / "out") == contents(tmp_path / "here")
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_that_loses_all_workers_says_so_and_goes_on_with_new_ones(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(workers, "_LOOK_SECONDS", 0.2)
+    with dask_workers(nanny=False) as (address, pids, _), contextlib.ExitStack() as stack:
+        found = completed(wait_and_count, range(40), scheduler=address, shared=tmp_path)
+        first = [next(found)]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        said = ""
+
+        def replace_when_said():
+            nonlocal said
+            while "no worker is connected" not in said:
+                time.sleep(0.1)
+                said += capfd.readouterr().err
+            command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--no-nanny", "--no-dashboard"]
+            new = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+            stack.callback(new.kill)
+
+        replacing = threading.Thread(target=replace_when_said)
+        replacing.start()
+        rest = list(found)
+        replacing.join()
+    assert address in said
+    assert sorted(index for index, _ in first + rest) == list(range(40))
+    assert all(outcome == {"twice": 2 * index} for index, outcome in first + rest)
+
+
+def wait_and_count(task):
+    time.sleep(0.1)
+    return {"twice": 2 * task}

@@ -39,6 +39,16 @@ def test_probes_find_classes_of_new_subjects(name):
     np.testing.assert_allclose(found, same, atol=1e-3)
 
 
+def test_neighbours_found_block_by_block_are_the_same(monkeypatch):
+    features, labels, subjects = embeddings(shift=0.3)
+    train = subjects < 6
+    arguments = (features[train], labels[train], features[~train], 2)
+    whole = probes.nearest_neighbours(*arguments, train_subjects=subjects[train])
+    monkeypatch.setattr(probes, "_SIMILARITIES", 7 * int(train.sum()))
+    blocks = probes.nearest_neighbours(*arguments, train_subjects=subjects[train])
+    np.testing.assert_allclose(blocks, whole, atol=1e-12)
+
+
 def test_recentring_undoes_what_subjects_differ_by():
     near, labels, subjects = embeddings(shift=0.0)
     far = near + 50 * np.random.default_rng(3).standard_normal((SUBJECTS, WIDTH))[subjects]
