@@ -355,6 +355,17 @@ def test_list_names_every_corpus_with_its_source_and_licence(capsys):
 
 
 @contextlib.contextmanager
+def dask_worker(address):
+    options = ["--no-nanny", "--nthreads", "1", "--no-dashboard"]
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", address, *options]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as worker:
+        try:
+            yield
+        finally:
+            worker.kill()
+
+
+@contextlib.contextmanager
 def dask_workers(*, nanny):
     """(address of a scheduler, process ids of its two workers, client); with a nanny a lost worker is started again."""
     distributed = pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
@@ -364,11 +375,8 @@ def dask_workers(*, nanny):
         )
         address = stack.enter_context(cluster).scheduler_address
         if not nanny:
-            options = ["--no-nanny", "--nthreads", "1", "--no-dashboard"]
             for _ in range(2):
-                command = [sys.executable, "-m", "distributed.cli.dask_worker", address, *options]
-                worker = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
-                stack.callback(worker.kill)
+                stack.enter_context(dask_worker(address))
         client = stack.enter_context(distributed.Client(cluster))
         client.wait_for_workers(2, timeout=120)
         yield address, list(client.run(os.getpid).values()), client
@@ -400,31 +408,23 @@ def test_a_dask_cluster_that_loses_a_worker_writes_the_same_bytes(tmp_path, nann
 @pytest.mark.slow
 def test_a_dask_cluster_that_loses_all_workers_says_so_and_goes_on_with_new_ones(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(workers, "_LOOK_SECONDS", 0.2)
+    raw, out, said = small_tree(tmp_path / "raw", 12), tmp_path / "out", []
+    assert run(raw, tmp_path / "here") == 0
     with dask_workers(nanny=False) as (address, pids, _), contextlib.ExitStack() as stack:
-        found = completed(wait_and_count, range(40), scheduler=address, shared=tmp_path)
-        first = [next(found)]
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        said = ""
 
-        def replace_when_said():
-            nonlocal said
-            while "no worker is connected" not in said:
+        def replace_all():
+            while not list(out.glob(".prepare/results/*/*.npz")):
+                time.sleep(0.002)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            while "no worker is connected" not in "".join(said):
                 time.sleep(0.1)
-                said += capfd.readouterr().err
-            command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--no-nanny", "--no-dashboard"]
-            new = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
-            stack.callback(new.kill)
+                said.append(capfd.readouterr().err)
+            stack.enter_context(dask_worker(address))
 
-        replacing = threading.Thread(target=replace_when_said)
+        replacing = threading.Thread(target=replace_all)
         replacing.start()
-        rest = list(found)
+        assert main(["tuab", "--raw", str(raw), "--out", str(out), "--scheduler", address]) == 0
         replacing.join()
-    assert address in said
-    assert sorted(index for index, _ in first + rest) == list(range(40))
-    assert all(outcome == {"twice": 2 * index} for index, outcome in first + rest)
-
-
-def wait_and_count(task):
-    time.sleep(0.1)
-    return {"twice": 2 * task}
+    assert f"dask worker {address}" in "".join(said)
+    assert contents(out) == contents(tmp_path / "here")
