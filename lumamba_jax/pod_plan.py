@@ -45,6 +45,7 @@ from configs import ExperimentConfig
 from lumamba_jax import hlo_costs
 from lumamba_jax.accelerators import GIB, Topology, parse_topology
 from lumamba_jax.adapters import abstract_adapted, adapted_layers
+from lumamba_jax.femba import FembaConfig
 from lumamba_jax.hlo_costs import Collective
 from lumamba_jax.micro_batches import blocks_per_device
 from lumamba_jax.optimizer import make_optimizer
@@ -541,15 +542,16 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("preset", help="a preset or YAML file; --a.b value overrides its fields, as in train.py")
     parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:8x8x8, v6e:8x8, v4:4x4x4, h100:8, ...")
-    parser.add_argument("--channels", type=int, default=22, help="of a window (default 22)")
-    parser.add_argument("--samples", type=int, default=1280, help="of a window at 256 Hz (default 1280: 5 s)")
+    parser.add_argument("--channels", type=int, help="of a window (default: the fixed grid's of FEMBA, else 22)")
+    parser.add_argument("--samples", type=int, help="of a window at 256 Hz (default: FEMBA's, else 1280: 5 s)")
     parser.add_argument("--hours", type=float, default=HOURS, help=f"of recordings per epoch (default {HOURS:,.0f})")
     parser.add_argument("--efficiency", type=float, default=EFFICIENCY, help="share of the peak that products reach")
     parser.add_argument("--weak-scaling", action="store_true", help="print the efficiency from 1 to 256 chips")
     parser.add_argument("--largest-batch", action="store_true", help="find the largest batch that fits: more compiles")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options, overrides = parser.parse_known_args(arguments)
-    if min(options.channels, options.samples) < 1 or options.hours <= 0 or not 0 < options.efficiency <= 1:
+    sizes = [size for size in (options.channels, options.samples) if size is not None]
+    if min(sizes, default=1) < 1 or options.hours <= 0 or not 0 < options.efficiency <= 1:
         raise ValueError("channels, samples and hours must be positive, and efficiency lie in (0, 1]")
     return options, overrides
 
@@ -557,8 +559,9 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def run(arguments: Sequence[str]) -> int:
     """Plan, print, and say whether it fits (0) or not (1)."""
     options, overrides = _options(arguments)
-    topology, window = parse_topology(options.topology), Window(options.channels, options.samples)
+    topology = parse_topology(options.topology)
     config = configs.cli([options.preset, *overrides], "pod_plan")
+    window = _window(config, options.channels, options.samples)
     if config.task.kind != "pretrain" and not config.model.num_outputs:  # "as many as the labels have": there are none
         config = dataclasses.replace(
             config, model=config.model.replace(num_outputs=1 + (config.task.kind == "classify"))
@@ -588,6 +591,12 @@ def run(arguments: Sequence[str]) -> int:
     if not plan.fits:
         print(f"does not fit: {_gib(plan.step.memory_bytes)} of {_gib(topology.chip.hbm_bytes)}")
     return 0 if plan.fits else 1
+
+
+def _window(config: ExperimentConfig, channels: int | None, samples: int | None) -> Window:
+    grid = config.model if isinstance(config.model, FembaConfig) else None
+    usual = (22, 1280) if grid is None else (grid.num_channels, grid.num_samples)
+    return Window(usual[0] if channels is None else channels, usual[1] if samples is None else samples)
 
 
 def main() -> int:

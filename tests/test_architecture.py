@@ -35,6 +35,7 @@ MAY_IMPORT = {  # module of lumamba_jax -> what it may import from lumamba_jax
         "accelerators",
         "adapters",
         "checkpoint",
+        "femba",
         "flops",
         "hlo_costs",
         "micro_batches",

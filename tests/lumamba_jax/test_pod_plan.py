@@ -316,6 +316,17 @@ class TestCommandLine:
         assert complaint in error
         assert error.count("\n") == 1
 
+    @pytest.mark.parametrize(("preset", "window"), [("apava_femba_tiny", (16, 1280)), ("pretrain_lumamba_tiny", (22, 1280))])
+    def test_the_usual_window_fits_the_model(self, preset, window, monkeypatch):
+        def compiled(config, topology, window):
+            raise pod_plan.DoesNotFitError(f"{window.channels} x {window.samples}")
+
+        monkeypatch.setattr(pod_plan, "compile_step", compiled)
+        said = []
+        monkeypatch.setattr("builtins.print", lambda text, **_: said.append(text))
+        assert pod_plan.run([preset, "--topology", "v5e:2x2"]) == 1
+        assert f"{window[0]} x {window[1]}" in said[0]
+
     def test_without_libtpu_a_tpu_is_refused(self, monkeypatch, capsys):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(sys, "argv", ["pod_plan", "debug", "--topology", "v5e:2x2"])
