@@ -316,7 +316,9 @@ class TestCommandLine:
         assert complaint in error
         assert error.count("\n") == 1
 
-    @pytest.mark.parametrize(("preset", "window"), [("apava_femba_tiny", (16, 1280)), ("pretrain_lumamba_tiny", (22, 1280))])
+    @pytest.mark.parametrize(
+        ("preset", "window"), [("apava_femba_tiny", (16, 1280)), ("pretrain_lumamba_tiny", (22, 1280))]
+    )
     def test_the_usual_window_fits_the_model(self, preset, window, monkeypatch):
         def compiled(config, topology, window):
             raise pod_plan.DoesNotFitError(f"{window.channels} x {window.samples}")
