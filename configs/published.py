@@ -1,8 +1,9 @@
 """Published results, as their papers print them: what `configs.task_sheet` sets beside ours.
 
 One table per task; a row is a model, its scores in the order of the header ("value" or "value ± spread", "-" where
-nothing was published, per cent where the header says so), and after a semicolon what sets the row apart; `others` is
-what sets all models outside the family apart. Claims are the task sheet's, unless a remark begins with a lower one.
+nothing was published, per cent where the header says so), and after a semicolon what sets the row apart; `lumamba` is
+where its own row is printed, `others` what sets all models outside the family apart. Claims are the task sheet's,
+unless a remark begins with a lower one.
 """
 
 from dataclasses import dataclass, field
@@ -36,12 +37,14 @@ class Published:
 
 FAMILY = ("LuMamba", "LUNA", "FEMBA")
 """First words of the models of one code base, which scores all of them alike."""
-_LUMAMBA = "LuMamba: arXiv 2603.19100, its model card, the blog post at thorirmar.com"
+_LUMAMBA_CARD = "model card of LuMamba"
+_LUMAMBA_BLOG = f"{_LUMAMBA_CARD}, blog post at thorirmar.com"
+_LUMAMBA = f"LuMamba, arXiv 2603.19100, {_LUMAMBA_BLOG}"
 _LUNA = "LUNA, arXiv 2510.22257"
 _FEMBA = "FEMBA, arXiv 2502.06438"
 
 
-def _table(columns: str, source: str, text: str, *, others: str = "") -> tuple[Published, ...]:
+def _table(columns: str, source: str, text: str, *, lumamba: str = "", others: str = "") -> tuple[Published, ...]:
     names = columns.split()
     rows = []
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -58,7 +61,7 @@ def _table(columns: str, source: str, text: str, *, others: str = "") -> tuple[P
             remark = "; ".join(filter(None, (others, remark)))
         level = next((level for level in get_args(Level) if remark.startswith(f"{level}: ")), None)
         remark = remark.removeprefix(f"{level}: ") if level else remark
-        own = _LUMAMBA if model.startswith("LuMamba") else source
+        own = lumamba if model.startswith("LuMamba") else source
         rows.append(Published(model, scores, own, remark, level))
     return tuple(rows)
 
@@ -99,6 +102,7 @@ TUAB = _table(
     LUNA huge         | 81.57 ± 0.11 | 0.9029 ± 0.0014 | 0.8957 ± 0.0011
     LuMamba tiny      | 80.99        | 0.892  | 0.883  ; mixed objective; AUROC 0.8825 where four digits are given
     """,
+    lumamba=_LUMAMBA,
     others="indicative: the length of its windows is not stated here",
 )
 
@@ -122,6 +126,7 @@ TUAR_FAMILIES = _table(
     LUNA huge         | 0.921 | 0.528
     LuMamba tiny      | 0.914 | -     ; reconstruction only; of the AUPR only 0.5 is legible
     """,
+    lumamba=_LUMAMBA_CARD,
 )
 
 TUAR_BINARY = _table(
@@ -174,6 +179,7 @@ TUSL = _table(
     LUNA huge         | 0.802 | 0.289
     LuMamba tiny      | 0.708 | 0.289 ; reconstruction only
     """,
+    lumamba=_LUMAMBA_CARD,
 )
 
 SEED_V = _table(
@@ -195,6 +201,7 @@ SEED_V = _table(
     LUNA huge       | 0.3900 | 0.2037 | 0.3506
     LuMamba tiny    | 0.35   | 0.191  | - ; not comparable: reconstruction only; its loader of SEED-V is unknown
     """,
+    lumamba=_LUMAMBA_CARD,
 )
 
 MUMTAZ2016 = _table(
@@ -213,6 +220,7 @@ MUMTAZ2016 = _table(
     CBraMod         | 0.9560 | 0.9923 | 0.9921 ; public re-runs: balanced accuracy 0.88 to 0.90
     LuMamba tiny    | 0.72   | 0.952  | 0.931  ; mixed objective; subjects 23+19, 5+4, 5+4
     """,
+    lumamba=_LUMAMBA_CARD,
     others="not comparable: subjects 24+19, 5+4, 5+5",
 )
 
@@ -235,6 +243,7 @@ APAVA = _table(
     TeCh                      | 86.86 | 86.30 | 94.02 | 93.79
     LuMamba tiny              | -     | -     | 95.5  | 97.0  ; mixed objective
     """,
+    lumamba=_LUMAMBA,
     others="not comparable: samples of 1 s",
 )
 
@@ -255,7 +264,13 @@ TDBRAIN = _table(
     TeCh                      | 93.21 | 93.20 | 98.68 | 98.72
     LuMamba tiny              | -     | -     | 96.1  | 96.0  ; mixed objective
     """,
+    lumamba=_LUMAMBA_BLOG,
     others="not comparable: samples of 1 s",
 )
 
-MOBI = _table("r2 rmse pearson", "", "LuMamba tiny | 0.116 | 0.1482 | 0.38 ; reconstruction only")
+MOBI = _table(
+    "r2 rmse pearson",
+    "",
+    "LuMamba tiny | 0.116 | 0.1482 | 0.38 ; reconstruction only; targets are angles / 90, so this RMSE is 13.3 degrees",
+    lumamba=_LUMAMBA_CARD,
+)

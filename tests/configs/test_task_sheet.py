@@ -16,7 +16,7 @@ from configs.published import Score
 from configs.task_presets import task_preset_names
 from configs.task_sheet import TASKS, claim_of, deviations, find_task, stated_parts
 from data_pipeline.corpora.seed_v import TRIALS
-from data_pipeline.montages import montage_of
+from data_pipeline.montages import CHANNEL_ORDERS, montage_of
 from data_pipeline.store import StoreInfo, WindowStore, create_store
 from lumamba_jax.architectures import ARCHITECTURES, SIZES, abstract_model
 from lumamba_jax.optimizer import make_optimizer
@@ -112,6 +112,28 @@ def test_published_numbers_are_those_of_the_papers(task, model, scores):
     assert {name: score.value for name, score in row.scores.items()} == pytest.approx(scores, abs=1e-9)
 
 
+def test_rows_of_lumamba_name_where_they_are_printed():
+    """recipes 6.1: some rows are in the model card alone."""
+    places = {name: _row(name, "LuMamba tiny").source for name in ("tuab", "apava", "tdbrain", "mumtaz2016")}
+    assert all("model card" in source for source in places.values())
+    assert [name for name, source in places.items() if "arXiv 2603.19100" in source] == ["tuab", "apava"]
+    assert [name for name, source in places.items() if "blog" in source] == ["tuab", "apava", "tdbrain"]
+    for name in ("tuar_mcc", "tusl", "seed_v", "mobi_60"):
+        assert _row(name, "LuMamba tiny").source == places["mumtaz2016"]
+    assert "arXiv" in _row("mumtaz2016", "CBraMod").source
+
+
+def test_comparisons_mention_subjects_that_encoders_may_have_seen():
+    """data.md Q5: of the TUH corpora, the released pre-training leaves out the subjects of TUAB alone."""
+    told = {name for name, task in TASKS.items() if "Q5" in task.reason}
+    assert told == {name for name in TASKS if name.startswith(("tuar", "tusl"))}
+
+
+def _row(task, model):
+    (row,) = [row for row in TASKS[task].published if row.model == model]
+    return row
+
+
 def test_spreads_and_remarks_of_published_numbers():
     rows = {row.model: row for row in TASKS["tuab"].published}
     assert len(rows) == 25
@@ -147,6 +169,7 @@ def test_presets_have_the_numbers_of_the_recipes():
     reference, documented = configs.load("tuab_lumamba_tiny_reference"), configs.load("tuab_lumamba_tiny")
     assert (reference.task.class_weights, documented.task.class_weights) == ("none", "balanced")
     assert (reference.loader.drop_remainder, documented.loader.drop_remainder) == (True, False)
+    assert not configs.load("seed_v_luna_base_reference").loader.drop_remainder  # recipes 3: its module keeps it
     assert (reference.model.head, documented.model.head) == ("attention", "mamba")
     assert reference.optimizer.resolve("finetune").warmup_mode == "reference"
     assert documented.optimizer.resolve("finetune").warmup_mode == "shifted"
@@ -330,6 +353,27 @@ def test_stores_of_another_label_rule_or_corpus_are_told(make_store):
     merged = {"stores": {"a.h5": {"provenance": _prepared(task)}, "b.h5": {"provenance": _prepared(TASKS["tuab"])}}}
     (found,) = notes(merged)
     assert "holds the corpus tuab" in found
+
+
+def test_options_that_change_windows_deviate_and_slips_of_the_released_code_do_not(make_store):
+    def notes(name, order=None, **options):
+        task = TASKS[name]
+        labels = np.arange(2) % task.num_outputs
+        about = _prepared(task, **options)
+        names = list(task.class_names)
+        return deviations(task, [make_store(order or task.channels, task.samples, task.sfreq, labels, names, about)])
+
+    (filtering,) = notes("apava", filtering="detrend")
+    assert "--filtering detrend, task apava with --filtering fir" in filtering
+    (rates,) = notes("tuab", low_rate="lower")
+    assert "--low_rate lower" in rates
+    assert notes("seed_v", decimate="stride") == []
+    assert notes("mumtaz2016", names="as_reference") == []
+    assert notes("modma_13", positions="head") == []
+    disk = CHANNEL_ORDERS["tuh-bipolar-22-disk"]
+    assert TASKS["tuab"].channels != disk
+    assert notes("tuab", disk, channel_order="D") == []
+    assert "another order" in notes("tuab", disk[::-1])[0]
 
 
 def test_stores_say_which_part_of_their_corpus_they_are(make_store):
