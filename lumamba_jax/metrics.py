@@ -551,6 +551,7 @@ def _level_report(
         notes = _regression_notes(units.outputs, units.labels)
     else:
         per_class = [_of_one_output(units, k, name) for k, name in enumerate(names)]
+        notes = _multilabel_notes(units.labels, names)
     return LevelReport(len(units.labels), metrics, confusion, per_class, reliability, dropped, notes)
 
 
@@ -600,6 +601,15 @@ def _of_one_output(units: _Units, k: int, name: str) -> dict[str, Any]:
     scores = _multilabel_scores(units.outputs[:, k : k + 1], truth, _Weights.ones(len(truth)))
     shown = ("balanced_accuracy", "f1", "auroc", "aupr")
     return {"name": name, "support": int((truth > 0.5).sum())} | {key: float(scores[key][0]) for key in shown}
+
+
+def _multilabel_notes(labels: np.ndarray, names: list[str]) -> list[str]:
+    """The outputs that `_multilabel_scores` leaves out of its means, in a sentence."""
+    share = np.mean(labels > 0.5, axis=0)
+    left_out = [name for name, own in zip(names, share, strict=True) if not 0 < own < 1]
+    if len(left_out) == len(names):
+        return ["no output has both labels: AUROC and AUPR are not defined"]
+    return [f"one label only at {', '.join(left_out)}: left out of means, but for accuracy"] if left_out else []
 
 
 _SUBJECT_SCORES = {

@@ -230,6 +230,26 @@ def test_multilabel_equals_scikit_learn_per_output():
     _assert_equal(ours, expected)
 
 
+def test_outputs_with_one_label_only_are_left_out_of_means_and_said():
+    rng = np.random.default_rng(5)
+    y = rng.integers(0, 2, (60, 4)).astype(np.float64)
+    y[:, 1], y[:, 3] = 0, 1
+    logits, names = rng.normal(size=(60, 4)), np.array([f"s{k % 5}" for k in range(60)])
+
+    def window(columns):
+        found = metrics.Predictions(logits[:, columns], y[:, columns], np.arange(60), names, names)
+        own = ["wxyz"[k] for k in columns]
+        return metrics.evaluate(found, "multilabel", class_names=own, n_resamples=0).levels["window"]
+
+    all_four = window([0, 1, 2, 3])
+    assert all_four.metrics["auroc"].value == pytest.approx(sk.roc_auc_score(y[:, [0, 2]], logits[:, [0, 2]]))
+    (note,) = all_four.notes
+    assert note.startswith("one label only at x, z: left out of means")
+    assert window([0, 2]).notes == []
+    (note,) = window([1, 3]).notes
+    assert note.startswith("no output has both labels")
+
+
 def test_two_logits_per_output_are_scored_as_independent_outputs():
     rng = np.random.default_rng(21)
     y = rng.integers(0, 2, (60, 4))
