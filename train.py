@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from configs.results import (
     SHOWN,
     baseline_predictions,
     kind_of,
+    measured_scores,
     origin_of,
     predictions_of,
     print_table,
@@ -426,20 +427,30 @@ class Run:
             raise FloatingPointError(f"no validation of {self.directory} had a finite loss: there is no best model")
         params = load_pretrained(self.directory)[1]
         params = place(params, state_shardings(abstract_params(self.config.model), self.mesh))
+        eval_step, sheet = self._test_step(), self.config.data.evaluation_task
         results = {}
         for part, batches in self.evaluation_batches.items():
             watchdog.alive()
-            evaluation = evaluate(self.eval_step, params, watchdog.each(batches), self.mesh)
+            evaluation = evaluate(eval_step, params, watchdog.each(batches), self.mesh)
             results[part] = self.task.summarize(evaluation.outputs, evaluation.label)
             if self.windows.labels is not None:
+                kind = kind_of(self.config.task.kind, self.windows.labels)
+                predictions = predictions_of(evaluation, self.windows)
+                results[part] |= measured_scores(predictions, kind, sheet)
                 if is_first():
-                    predictions = predictions_of(evaluation, self.windows)
                     path = self.directory / f"predictions_{part}.npz"
                     save_predictions(path, predictions, self.windows.class_names)
                 if self.config.trainer.baseline:
-                    kind = kind_of(self.config.task.kind, self.windows.labels)
-                    results[f"{part}, band power"] = score(baseline_predictions(self.windows, part), kind)
+                    results[f"{part}, band power"] = score(baseline_predictions(self.windows, part), kind, sheet)
         return results
+
+    def _test_step(self) -> Callable:
+        """What the best model is scored with: float32 where there are labels, as the published code tests."""
+        model, trainer = self.config.model, self.config.trainer
+        if model.compute_dtype != "bfloat16" or self.config.task.kind == "pretrain":
+            return self.eval_step
+        model = model.replace(compute_dtype="float32")
+        return make_eval_step(model, self.task, self.mesh, seed=trainer.seed, micro_batch=trainer.micro_batch)
 
 
 def warm_start(config: ExperimentConfig) -> WarmStart | None:

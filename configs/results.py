@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.data import Windows
+from configs.task_sheet import TASKS
 from data_pipeline import band_power
 from lumamba_jax import metrics
 from lumamba_jax.training import Evaluation
 
 # The scores a table shows, when a result has them; the JSON files hold all.
 SHOWN = ("loss", "balanced_accuracy", "auroc", "aupr", "kappa", "f1_weighted", "accuracy", "r2", "rmse", "pearson")
-SHOWN += ("masked", "unmasked", "query", "similarity", "sigreg")
+SHOWN += ("r2_measured", "rmse_measured", "pearson_measured", "masked", "unmasked", "query", "similarity", "sigreg")
 
 
 def weights_digest(metadata: Mapping[str, Any]) -> str | None:
@@ -100,10 +101,22 @@ def baseline_predictions(windows: Windows, part: str) -> metrics.Predictions:
     return metrics.Predictions(outputs, windows.labels[ids], ids, windows.recordings[ids], windows.subjects[ids])
 
 
-def score(predictions: metrics.Predictions, kind: metrics.Kind) -> dict[str, float]:
-    """Scores of all windows together."""
+def score(predictions: metrics.Predictions, kind: metrics.Kind, task: str = "") -> dict[str, float]:
+    """Scores of all windows together, with the `measured_scores` of a `task` of the sheet."""
     score_of = {"classification": metrics.classification, "multilabel": metrics.multilabel}
-    return score_of.get(kind, metrics.regression)(predictions.logits, predictions.labels)
+    found = score_of.get(kind, metrics.regression)(predictions.logits, predictions.labels)
+    return found | measured_scores(predictions, kind, task)
+
+
+def measured_scores(predictions: metrics.Predictions, kind: metrics.Kind, task: str) -> dict[str, float]:
+    """`NAME_measured`: scores of the measured targets alone, where the task tells them from others (data.md Q17)."""
+    sheet = TASKS.get(task)
+    if kind != "regression" or sheet is None or sheet.measured is None:
+        return {}
+    if predictions.logits.shape[-1] != len(sheet.output_names):
+        return {}
+    own = predictions.of_outputs(slice(sheet.measured))
+    return {f"{name}_measured": value for name, value in metrics.regression(own.logits, own.labels).items()}
 
 
 def print_table(results: Mapping[str, Mapping[str, float]], title: str) -> None:

@@ -174,7 +174,7 @@ def band_power_scores(scored: Scored) -> dict[str, float] | None:
     per_channel = labels is not None and labels.ndim == 2 and labels.dtype.kind != "f"
     if per_channel or scored.part == "train" or not len(windows.parts["train"]):
         return None
-    return score(baseline_predictions(windows, scored.part), scored.kind)
+    return score(baseline_predictions(windows, scored.part), scored.kind, scored.task or "")
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------
