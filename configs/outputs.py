@@ -12,6 +12,7 @@ from data_pipeline.loader import Batches, LoaderConfig, make_dataset
 from data_pipeline.preprocess import preprocess
 from data_pipeline.readers import read_recording
 from data_pipeline.store import Store
+from lumamba_jax.architectures import ModelConfig
 from lumamba_jax.femba import FembaConfig
 from lumamba_jax.inference import LoadedModel, bucket_size, embed_recording, run_batches, whole_blocks
 
@@ -50,19 +51,26 @@ def store_columns(
 
 
 def evaluation_batches(model: LoadedModel, stores: Sequence[Store], *, batch_size: int = 64) -> Batches:
-    """One pass over all windows, in as few shapes as `padded_sizes` says; batches of whole blocks of windows.
+    """One pass over all windows (`evaluation_loader`). Raises: ValueError, one sentence, for windows that do not fit
+    the model."""
+    return make_dataset(list(stores), None, evaluation_loader(model.config, stores, batch_size))
 
-    Raises: ValueError, one sentence, for windows that do not fit the model.
+
+def evaluation_loader(config: ModelConfig, stores: Sequence[Store], batch_size: int) -> LoaderConfig:
+    """How windows of any montages and lengths are read once, in as few shapes as `padded_sizes` says.
+
+    Batches are whole blocks of windows on every local device. Raises: ValueError, one sentence, for windows that do not
+    fit the model.
     """
     sizes = {(len(montage), store.n_times) for store in stores for montage in store.montages.values()}
     for channels, samples in sorted(sizes):
-        model.config.check_window(channels, samples)
+        config.check_window(channels, samples)
     shapes = {}
-    if not isinstance(model.config, FembaConfig):  # a fixed grid is never padded
+    if not isinstance(config, FembaConfig):  # a fixed grid is never padded
         shapes = {"grouping": "padded", "channel_buckets": padded_sizes([channels for channels, _ in sizes])}
         shapes["time_buckets"] = tuple(sorted({samples for _, samples in sizes}))
-    loader = LoaderConfig(batch_size=whole_blocks(batch_size), patch_size=loader_patch(model.config), **shapes)
-    return make_dataset(list(stores), None, loader.for_evaluation())
+    loader = LoaderConfig(batch_size=whole_blocks(batch_size), patch_size=loader_patch(config), **shapes)
+    return loader.for_evaluation()
 
 
 def padded_sizes(counts: Sequence[int]) -> tuple[int, ...]:

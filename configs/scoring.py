@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.data import Windows, check_windows, loader_patch, open_windows
-from configs.outputs import check_rate
+import jax
+
+from configs.data import Windows, check_windows, open_windows
+from configs.outputs import check_rate, evaluation_loader
 from configs.results import baseline_predictions, kind_of, predictions_of, score, weights_digest
 from configs.schema import DataConfig, ExperimentConfig, differences, from_mapping, read_yaml, to_mapping
 from configs.task_sheet import TASKS, EvaluationTask, claim_of, deviations, find_task, format_score, stated_parts
-from data_pipeline.loader import LoaderConfig
 from lumamba_jax import metrics, report
 from lumamba_jax.architectures import ModelConfig
 from lumamba_jax.checkpoint import load_pretrained
@@ -69,10 +70,10 @@ def score_model(
     config = read_yaml(path / "config.yaml") if (path / "config.yaml").is_file() else None
     windows, part = _labelled_windows(path, config, data, part)
     _check_fits(model, provenance, windows)
-    loader = LoaderConfig(batch_size=batch_size, patch_size=loader_patch(model), grouping="padded")
-    mesh = make_mesh(MeshConfig(devices=1))
+    loader = evaluation_loader(model, windows.stores, batch_size)
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
     eval_step = make_eval_step(model, make_task(task_config, model), mesh, seed=0)
-    evaluation = evaluate(eval_step, params, windows.batches(part, loader.for_evaluation()), mesh)
+    evaluation = evaluate(eval_step, params, windows.batches(part, loader), mesh)
     predictions, kind, names = _decided(predictions_of(evaluation, windows), task_config, windows)
     recorded = provenance.get("evaluation_task")
     found = _score(predictions, kind, names, recorded if task is None else task, resamples)

@@ -6,8 +6,9 @@ import h5py
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import softmax
 
-from configs import outputs
+from configs import outputs, scoring
 from configs.recordings import RecordingSettings, recording_config
 from configs.results import print_predictions, save_table
 from data_pipeline.montages import montage_of
@@ -66,6 +67,22 @@ def test_the_size_of_the_batch_changes_no_bit(model, stores, columns):
     for batch_size in (1, 24):
         again = outputs.store_columns(model, stores, "prediction", batch_size=batch_size)
         np.testing.assert_array_equal(again["predictions"], columns["predictions"])
+
+
+def test_scores_are_of_the_same_predictions_whatever_the_montages(tmp_path, model):
+    rng, path = np.random.default_rng(1), tmp_path / "labelled.h5"
+    with create_store(path, StoreInfo(SFREQ, 80, 0.8, class_names=["a", "b", "c"])) as writer:
+        for number, names in enumerate(MONTAGES):
+            signal, labels = rng.normal(0, 20, (7, len(names), 80)).astype(np.float32), np.arange(7) % 3
+            who = {"subject": f"s{number}", "recording": f"r{number}", "start_samples": np.arange(7) * 80}
+            writer.add(f"g{number}", signal, montage_of(names), labels=labels, **who)
+    about = {"sfreq": SFREQ, "task": {"kind": "classify"}, "class_names": ["a", "b", "c"]}
+    save_pretrained(tmp_path / "model", MICRO, model.params, about)
+    scored = scoring.score_model(tmp_path / "model", data=(path,), part="test", batch_size=4, resamples=0)
+    found = softmax(scored.predictions.logits, axis=1)
+    expected = outputs.store_columns(model, [WindowStore(path)], "prediction")["predictions"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert scored.predictions.window_id.tolist() == list(range(14))
 
 
 def test_one_program_for_each_shape(model, stores):
