@@ -5,7 +5,7 @@ do not know: how models are scored, what is published, and how far a comparison 
 makes a preset of each task for every model, `eval.py metrics --task NAME` sets the published numbers beside ours.
 
 python -m configs.task_sheet          # the whole sheet
-python -m configs.task_sheet tuab     # one task with everything that was published on it
+python -m configs.task_sheet tuab     # one task with what was published on it, but for ablations
 """
 
 import argparse
@@ -140,7 +140,8 @@ def _corpus(name: str, options: tuple[tuple[str, Any], ...]) -> "Corpus":
 
 
 def _few(subjects: str) -> str:
-    return f"{subjects} test subjects: the variance between subjects dominates, read the scores of each of them"
+    advice = "read the scores of each of them and repeat the split"
+    return f"{subjects} test subjects: the variance between subjects dominates, {advice}"
 
 
 _SEEN = "encoders pre-trained without excluding its subjects (data.md Q5) may have seen those of the test part"
