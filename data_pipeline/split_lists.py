@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ _PART_OF = {name: part for part, names in _CALLED.items() for name in names}
 _PART_COLUMNS = ("split", "part", "set", "subset", "partition", "fold")
 _ID_COLUMNS = ("subject", "subject_id", "participant", "participant_id", "participants_id", "patient", "patient_id")
 _ID_COLUMNS += ("recording", "recording_id", "file", "filename", "id", "name")
+_COMMENT = re.compile(r"(?:^|\s)#.*")  # after a blank only: `#trial01` ends the names of recordings
 
 
 def holds_lists(path: Path) -> bool:
@@ -31,8 +33,8 @@ def holds_lists(path: Path) -> bool:
     if path.is_dir() or path.suffix.lower() in (".txt", ".csv", ".tsv", ".lst"):
         return True
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = read_json(path)
+    except ValueError:
         return False
     return isinstance(content, dict) and not {"unit", "sha256"} & set(content)
 
@@ -56,11 +58,19 @@ def read_lists(path: Path) -> dict[str, list[str]]:
     return _complete(path, _from_sections(path))
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file of a split holds. Raises ValueError, one sentence, for one that cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as a split ({error}): make it again") from error
+
+
 def _complete(path: Path, found: Mapping[str, list[str]]) -> dict[str, list[str]]:
     if not found.get("train"):
         raise ValueError(f"{path} lists nobody for training: expected parts train, val and test")
     for part, entries in found.items():
-        twice = sorted({entry for entry in entries if entries.count(entry) > 1})
+        twice = sorted(entry for entry, count in Counter(entries).items() if count > 1)
         if twice:
             raise ValueError(f"{path} lists {twice[0]} twice in {part}: take one of them out")
     return {part: list(found.get(part, [])) for part in PARTS}
@@ -71,7 +81,7 @@ def _lines(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a list ({error})") from error
-    return [line.partition("#")[0].strip().rstrip(",") for line in text.splitlines()]
+    return [_COMMENT.sub("", line).strip().rstrip(",") for line in text.splitlines()]
 
 
 def _from_sections(path: Path) -> dict[str, list[str]]:
@@ -96,23 +106,25 @@ def _from_table(path: Path) -> dict[str, list[str]]:
     lines = [line for line in _lines(path) if line]
     delimiter = max("\t;,", key=lines[0].count) if lines else ","
     reader = csv.DictReader(io.StringIO("\n".join(lines)), delimiter=delimiter, skipinitialspace=True)
-    header = {(name or "").strip().lower(): name for name in reader.fieldnames or []}
+    try:
+        header, rows = {(name or "").strip().lower(): name for name in reader.fieldnames or []}, list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: cannot be read as a table ({error})") from error
     ids, parts = (next((header[n] for n in names if n in header), None) for names in (_ID_COLUMNS, _PART_COLUMNS))
     if ids is None or parts is None:
         raise ValueError(f"{path} needs a column of ids (subject, recording, file, ...) and one of parts (split, part, "
                          f"set, ...), found {', '.join(header) or 'nothing'}")  # fmt: skip
-    found: dict[str, list[str]] = {}
-    for number, row in enumerate(reader, start=2):
+    found: dict[str, dict[str, None]] = {}
+    for number, row in enumerate(rows, start=2):
         entry, name = (row[ids] or "").strip(), (row[parts] or "").strip().lower()
         if name not in _PART_OF or not entry:
             raise ValueError(f"{path}, row {number}: part {name!r} of {entry!r}, expected train, val or test")
-        if entry not in found.setdefault(_PART_OF[name], []):  # a subject has a row for each of its files
-            found[_PART_OF[name]].append(entry)
-    return found
+        found.setdefault(_PART_OF[name], {})[entry] = None  # a subject has a row for each of its files
+    return {part: list(entries) for part, entries in found.items()}
 
 
 def _from_json(path: Path) -> dict[str, list[str]]:
-    content: dict[str, Any] = json.loads(path.read_text())
+    content: dict[str, Any] = read_json(path)
     if content and all(isinstance(value, str) for value in content.values()):
         pairs = [(name.lower(), [entry]) for entry, name in content.items()]
     else:

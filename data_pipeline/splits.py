@@ -18,7 +18,7 @@ import numpy as np
 
 from data_pipeline.leakage import CLOSE, Times, check_disjoint, check_times, shown
 from data_pipeline.names import Names
-from data_pipeline.split_lists import PARTS, holds_lists, read_lists
+from data_pipeline.split_lists import PARTS, holds_lists, read_json, read_lists
 
 UNITS = ("subject", "recording", "time", "window")
 _ATTEMPTS = 32  # places tried for the windows of a few-shot split
@@ -317,11 +317,11 @@ def load_split(path: str | Path, subjects: Names | np.ndarray, recordings: Names
     path, subjects = Path(path), Names.of(subjects)
     if holds_lists(path):
         return _split_from(path, read_lists(path), subjects, recordings)
+    stored = read_json(path)
     try:
-        stored = json.loads(path.read_text())
         digest = stored.pop("sha256")
         unit, own = stored["unit"], {part: stored[part] for part in PARTS}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as a split ({error}): make it again") from error
     if digest != _digest(stored):
         raise ValueError(f"{path} was changed after it was written (its digest does not fit): make it again")

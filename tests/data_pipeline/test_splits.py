@@ -8,6 +8,7 @@ import pytest
 
 from data_pipeline.leakage import Times, check_content, check_disjoint, check_times
 from data_pipeline.names import Names
+from data_pipeline.split_lists import read_lists
 from data_pipeline.splits import (
     Split,
     check_leakage,
@@ -375,6 +376,59 @@ def test_published_lists_of_recordings_by_path_or_stem(tmp_path):
     same = Names.of(np.array(["a", "b", "a"]))  # a subject in two parts is refused, though its recordings are not
     with pytest.raises(ValueError, match="leakage: subject a in both train and test"):
         load_split(tmp_path / "l.csv", same, recordings)
+
+
+@pytest.mark.parametrize("name", ["l.txt", "l.csv"])
+def test_published_lists_of_trials_are_not_cut_at_their_numbers(tmp_path, name):
+    """`#trial01` is part of a recording's name, a comment stands behind a blank."""
+    recordings = Names.of(np.array([f"{s}/1.cnt#trial{i:02d}" for s in "abc" for i in (1, 2)]))
+    subjects = Names.of(np.repeat(["a", "b", "c"], 2))
+    text = "train:\na/1.cnt#trial02 # the second\nval:\nb/1.cnt#trial01\ntest:\nc/1.cnt\n"
+    table = "recording,split\na/1.cnt#trial02,train\n# a comment\nb/1.cnt#trial01,val\nc/1.cnt,test\n"
+    (tmp_path / name).write_text({"l.txt": text, "l.csv": table}[name])
+    split = load_split(tmp_path / name, subjects, recordings)
+    assert [rows.tolist() for rows in split.parts.values()] == [[1], [2], [4, 5]]
+
+
+@pytest.mark.parametrize("name", ["lists.txt", "lists.csv", "lists.json", "map.json"])
+def test_published_lists_as_other_systems_save_them(tmp_path, name):
+    subjects, _ = windows_of(6)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + LISTS[name].replace("\n", "\r\n").encode())
+    assert load_split(tmp_path / name, subjects).subjects["train"] == ("s00", "s01", "s02")
+
+
+BROKEN_LISTS = {
+    "garbage.txt": bytes(range(256)),
+    "garbage.csv": bytes(range(256)) * 4,
+    "garbage.json": bytes(range(256)),
+    "empty.txt": b"",
+    "empty.csv": b"",
+    "empty.json": b"",
+    "deep.json": b'{"train": ' + b"[" * 200_000,
+    "cut.json": b'{"train": ["s00"], "va',
+    "number.json": b'{"train": [' + b"9" * 5000 + b"]}",
+    "null.json": b'{"train": null}',
+    "latin.txt": "train:\ns00\xe9\n".encode("latin-1"),
+    "wide.csv": b"subject,split\ns00,train,x,y\ns01\n",
+    "quote.csv": b'subject,split\n"' + b"x" * 200_000 + b",train\n",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_LISTS)
+def test_broken_lists_get_one_sentence_with_their_name(tmp_path, name):
+    subjects, _ = windows_of(4)
+    (tmp_path / name).write_bytes(BROKEN_LISTS[name])
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")) as refusal:
+        load_split(tmp_path / name, subjects, subjects)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("name", "head", "line"), [("l.txt", "train:", "{}"), ("l.csv", "subject,split", "{},train")])
+def test_lists_as_long_as_a_corpus_are_read(tmp_path, name, head, line):
+    """Looking every entry up among all the others would take half an hour."""
+    entries = [f"s{i:06d}" for i in range(300_000)]
+    (tmp_path / name).write_text("\n".join([head, *(line.format(entry) for entry in entries)]))
+    assert read_lists(tmp_path / name)["train"] == entries
 
 
 @pytest.mark.parametrize(
