@@ -103,10 +103,13 @@ class Tuar(tuh.TuhLabelledCorpus):
         """The whole recording; its windows are labelled by the rule of `labels`."""
         recording = tuh.read_electrodes(source.path, tuh.ELECTRODES)
         events = [event for path in source.companions for event in read_annotations(path)]
+        per_channel = any(path.suffix.lower() == ".csv" for path in source.companions)
         pairs = wanted_names(self.common_chain().montage) or ()
         known = {*_FAMILY, *_OVERLOOKED, *_NO_ARTIFACT}
         unknown = sum(event.label not in known for event in events)
-        elsewhere = sum(event.channel not in (*pairs, TERM) for event in events)
+        places = {*pairs} if per_channel else {*pairs, TERM}  # a csv has a row for each channel
+        elsewhere = sum(event.channel not in places for event in events)
+        events = [event for event in events if event.channel in places]
         notes = [] if source.companions else ["no annotation file: all windows count as free of artifacts"]
         notes += [f"{unknown} annotations have a label that is none of the corpus"] if unknown else []
         notes += [f"{elsewhere} annotations are on a channel that is none of the 22"] if elsewhere else []

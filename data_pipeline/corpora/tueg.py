@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from data_pipeline.preprocess import PreprocessConfig
 
 _MONTAGES = {"01": "tuh-bipolar-22", "02": "tuh-bipolar-22", "03": "tuh-bipolar-20", "04": "tuh-bipolar-20"}
 _LABELLED = "TUAB, TUAR and TUSL"
+_ID = re.compile(r"[a-z0-9]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +83,39 @@ def _subjects_of(path: Path) -> set[str]:
     Raises ValueError when there is none.
     """
     if (path / "manifest.json").is_file():
-        entries = json.loads((path / "manifest.json").read_text())["files"]
-        names = [(entry.get("subject"), Path(name).stem) for name, entry in entries.items()]
-        subjects = {subject or _stem_subject(stem) for subject, stem in names}
+        subjects = _subjects_in_manifest(path / "manifest.json")
     elif path.is_dir():
         subjects = {_stem_subject(found.stem) for _, found in files_below(path, ".edf")}
     elif path.is_file():
-        lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
-        subjects = {line.lower() for line in lines}
+        subjects = _subjects_in_list(path)
     else:
         raise ValueError(f"--exclude {path} does not exist")
     subjects.discard("")
     if not subjects:
         raise ValueError(f"--exclude {path} names no subject: expected {_LABELLED}, raw or prepared, or a list of ids")
+    return subjects
+
+
+def _subjects_in_manifest(path: Path) -> set[str]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return {entry.get("subject") or _stem_subject(Path(name).stem) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"--exclude {path.parent}: its {path.name} is not that of a prepared corpus") from error
+
+
+def _subjects_in_list(path: Path) -> set[str]:
+    """Ids, or files of the subjects, one a line; a line of another form would silently exclude nobody."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--exclude {path} is not a text in UTF-8: expected one subject a line") from error
+    subjects = set()
+    for number, line in enumerate((line.split("#")[0].strip() for line in lines), start=1):
+        subject = _stem_subject(Path(line).name.removesuffix(".edf")) or line.lower()
+        if subject and not _ID.fullmatch(subject):
+            raise ValueError(f"--exclude {path}, line {number}: {line[:60]!r} is no subject, expected one id a line")
+        subjects.add(subject)
     return subjects
 
 

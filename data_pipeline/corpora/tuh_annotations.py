@@ -58,7 +58,7 @@ def _csv(name: str, lines: list[str]) -> list[Event]:
     content = [(i, line) for i, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")]
     if not content:
         return []
-    rows = list(csv.reader([line for _, line in content], skipinitialspace=True))
+    rows = [_cells(name, line, text) for line, text in content]  # one by one: a quote must not swallow the next lines
     header = [column.strip().lower() for column in rows[0]]
     needed = ("channel", "start_time", "stop_time", "label")
     if not set(needed) <= set(header):
@@ -71,6 +71,13 @@ def _csv(name: str, lines: list[str]) -> list[Event]:
         channel, start, stop, label = (row[place].strip() for place in places)
         events.append(_event(name, line, start, stop, label, channel.upper()))
     return events
+
+
+def _cells(name: str, line: int, text: str) -> list[str]:
+    try:
+        return next(csv.reader([text], skipinitialspace=True))
+    except csv.Error as error:
+        raise ValueError(f"{name}, line {line}: cannot be read as cells with commas between ({error})") from error
 
 
 def _tse(name: str, lines: list[str]) -> list[Event]:

@@ -242,6 +242,18 @@ def test_tuar_other_files(tuar_raw, tmp_path):
     assert parts["aaaaaaaa", next(p for s, p in parts if s == "aaaaaaaa")] == 2  # both files of the subject
 
 
+def test_tuar_rows_of_a_csv_without_one_of_the_22_channels_label_nothing(tmp_path):
+    """TERM is the whole montage in files without channels; in a csv the reference ignores it like any other name."""
+    head = "channel,start_time,stop_time,label,confidence\n"
+    (tmp_path / "a.csv").write_text(head + "TERM,0.0,5.0,musc,1.0\nFP1-F7,5.0,10.0,musc,1.0\n")
+    (tmp_path / "a.tse").write_text("version = tse_v1.0.0\n\n0.0 5.0 musc 1.0\n")
+    path = trees.write_edf(tmp_path / "a.edf", trees.tuh_labels(), seconds=10)
+    for suffix, expected in ((".csv", [0, 1]), (".tse", [1, 0])):
+        (piece,) = Tuar().read(Source(path, "a.edf", "a", companions=(tmp_path / f"a{suffix}",)))
+        assert piece.label_windows(np.array([0, 1280]), 2560) == expected
+        assert ("1 annotations are on a channel that is none of the 22" in piece.recording.notes) == (suffix == ".csv")
+
+
 def test_tuar_split_of_eighty_ten_ten_by_subject_or_by_file(tmp_path):
 
     sources = [
@@ -361,6 +373,44 @@ def test_tueg_excludes_subjects_of_folders_prepared_or_raw_and_of_lists(tueg, tu
     assert "none of the 1 subjects to exclude is in this corpus" in manifest_of(tmp_path / "o")["warnings"][0]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfaaaaabb0\n",
+        b"aaaaabb0\r\n",
+        b"edf/eval/aaaaabb0_s001_t000.edf\n",
+        b"aaaaabb0_s003_t000 # a file\n",
+    ],
+)
+def test_a_list_of_subjects_to_exclude_is_never_silently_misread(tueg, tmp_path, content):
+    """A byte order mark or the name of a file instead of an id would leave a test subject in pre-training."""
+    (tmp_path / "ids.txt").write_bytes(content)
+    catalogue = Tueg(exclude=(tmp_path / "ids.txt",)).find(tueg / "raw")
+    assert {name.rsplit("/", 1)[1][:8] for name, why in catalogue.left_out.items() if "--exclude" in why} == {
+        "aaaaabb0"
+    }
+    assert not catalogue.warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("ids.txt", bytes(range(256)), "ids.txt is not a text in UTF-8"),
+        ("ids.txt", "aaaaabb0\n".encode("utf-16"), "ids.txt is not a text in UTF-8"),
+        ("ids.txt", b"subject,files\naaaaabb0,3\n", "line 1: 'subject,files' is no subject"),
+        ("manifest.json", b'{"files"', "manifest.json is not that of a prepared corpus"),
+        ("manifest.json", b'{"counts": 1}', "manifest.json is not that of a prepared corpus"),
+        ("manifest.json", b'{"files": {"a.edf": 1}}', "manifest.json is not that of a prepared corpus"),
+        ("manifest.json", b"[" * 200_000, "manifest.json is not that of a prepared corpus"),
+    ],
+)
+def test_what_cannot_be_excluded_is_refused_in_one_sentence(tueg, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refusal:
+        Tueg(exclude=(tmp_path / name if name == "ids.txt" else tmp_path,)).find(tueg / "raw")
+    assert len(str(refusal.value).splitlines()) == 1
+
+
 def test_low_rates_are_kept_with_a_lower_band_when_asked(tueg, tmp_path):
     assert run("tueg", tueg / "raw", tmp_path / "o", "--low-rate", "lower") == 0
     (entry,) = [
@@ -408,6 +458,12 @@ def test_annotation_formats(tmp_path):
     assert read_annotations(path) == [Event(-1.0, 2.0, "musc", "FP1-F7")]
     path.write_text("channel,start_time,stop_time\n")
     with pytest.raises(ValueError, match="line 1: expected the columns channel, start_time, stop_time, label"):
+        read_annotations(path)
+    path.write_text('channel,start_time,stop_time,label\nFP1-F7,0,1,musc\n"F7-T3,1,2,musc\nT3-T5,2,3,musc\n')
+    with pytest.raises(ValueError, match=r"a.csv, line 3: 1 columns"):  # the quote does not swallow line 4
+        read_annotations(path)
+    path.write_text("channel,start_time,stop_time,label\n" + "x" * 200_000 + ",1,2,musc\n")
+    with pytest.raises(ValueError, match=r"a.csv, line 2: cannot be read as cells"):
         read_annotations(path)
     path = tmp_path / "a.tse_bi"
     path.write_text("version = tse_v1.0.0\n\n0.0000 5.0000 bckg 1.0000\n5.0 7.5 seiz 0.5\n")
