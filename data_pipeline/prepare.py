@@ -115,17 +115,19 @@ class PrepareConfig:
             raise ValueError("--labels and --annotations exclude each other: labels come from one of them")
         if self.jobs is not None and self.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, found {self.jobs}")
+        self.preprocess_config()
         if self.window <= 0 or (self.stride is not None and self.stride <= 0):
             raise ValueError(f"--window and --stride must be positive, found {self.window} and {self.stride}")
+        if self.event_seconds is not None and not self.event_seconds > 0:
+            raise ValueError(f"--event-seconds must be positive, found {self.event_seconds}")
         for name, seconds in (("--window", self.window), ("--stride", self.stride or self.window)):
             samples = seconds * self.sfreq
-            if abs(samples - round(samples)) > 1e-6 * samples or round(samples) < 1:
+            if not (0.5 < samples < 2**31 and abs(samples - round(samples)) <= 1e-6 * samples):
                 raise ValueError(
                     f"{name} of {seconds:g} s is {samples:g} samples at {self.sfreq:g} Hz: not a whole number"
                 )
         if self.subject_pattern is not None:
             _subject_regex(self.subject_pattern)
-        self.preprocess_config()
         return self
 
     def preprocess_config(self) -> PreprocessConfig:

@@ -76,9 +76,12 @@ class PreprocessConfig:
     accept_units: bool = False
 
     def __post_init__(self) -> None:
-        if self.sfreq <= 0:
-            raise ValueError(f"sfreq must be positive, found {self.sfreq}")
-        if self.l_freq is not None and self.h_freq is not None and not 0 < self.l_freq < self.h_freq:
+        if not 0 < self.sfreq <= _RATES_HZ[1]:
+            raise ValueError(f"sfreq must be positive and at most {_RATES_HZ[1]:g} Hz, found {self.sfreq}")
+        for name, edge in (("l_freq", self.l_freq), ("h_freq", self.h_freq)):
+            if edge is not None and not 0 < edge < np.inf:
+                raise ValueError(f"{name} must be a frequency above 0 Hz, or None for no such edge, found {edge}")
+        if self.l_freq is not None and self.h_freq is not None and not self.l_freq < self.h_freq:
             raise ValueError(f"the band must satisfy 0 < l_freq < h_freq, found {self.l_freq} and {self.h_freq}")
         if self.flat not in ("drop", "keep"):
             raise ValueError(f"flat must be 'drop' or 'keep', found {self.flat!r}")

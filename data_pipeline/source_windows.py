@@ -24,7 +24,7 @@ from data_pipeline.readers import companions
 from data_pipeline.recording import Recording
 from data_pipeline.windows import cut_windows
 
-RESULT_VERSION = "2"  # raise when the code changes what a source becomes: older results are then not used
+RESULT_VERSION = "3"  # raise when the code changes what a source becomes: older results are then not used
 
 
 @dataclass(frozen=True)

@@ -157,12 +157,15 @@ def _table_rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]
         raise ValueError(f"label file {path} does not exist")
     with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
-        header = [(name or "").strip() for name in reader.fieldnames or []]
-        reader.fieldnames = header
-        rows = [
-            (reader.line_num, {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)})
-            for row in reader
-        ]
+        try:
+            header = [(name or "").strip() for name in reader.fieldnames or []]
+            reader.fieldnames = header
+            rows = [
+                (reader.line_num, {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)})
+                for row in reader
+            ]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: cannot be read as a table ({error})") from error
     columns = [name for name in header if name and name not in _TABLE_FIELDS]
     if "file" not in header or not columns:
         raise ValueError(f"{path} needs the columns file and label (optional: start, stop, subject), found {header}")

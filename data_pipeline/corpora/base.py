@@ -216,6 +216,8 @@ def divide_subjects(
 
     Returns {source name: part} and the rule as a sentence. Raises ValueError when there are too few subjects.
     """
+    if seed < 0:
+        raise ValueError(f"--seed must be 0 or above, found {seed}")
     rows = [(source.subject, label) for source in sources for label in source.classes or (source.label or 0,)]
     subjects, labels = np.array([row[0] for row in rows]), np.array([row[1] for row in rows], dtype=np.int64)
     drawn = split_by_subject(subjects, labels, val_fraction=validation, test_fraction=test, seed=seed)

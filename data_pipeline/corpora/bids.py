@@ -99,11 +99,13 @@ class Bids(Corpus):
         asked = [name for name in ("label_column", "label_entity", "events") if getattr(self, name)]
         if len(asked) > 1:
             raise ValueError(f"labels come from one place, found {', '.join(asked)}")
-        for name, seconds in (("--window", self.window), ("--stride", self.stride or self.window)):
-            samples = seconds * self.sfreq
-            if samples < 1 or abs(samples - round(samples)) > 1e-6 * samples:
-                raise ValueError(f"{name} of {seconds:g} s is {samples:g} samples at {self.sfreq:g} Hz")
         self.common_chain()
+        for name, seconds in (("--window", self.window), ("--stride", self._stride_seconds)):
+            samples = seconds * self.sfreq
+            if not (0.5 < samples < 2**31 and abs(samples - round(samples)) <= 1e-6 * samples):
+                raise ValueError(f"{name} of {seconds:g} s is {samples:g} samples at {self.sfreq:g} Hz")
+        if self.event_seconds is not None and not self.event_seconds > 0:
+            raise ValueError(f"--event-seconds must be positive, found {self.event_seconds}")
 
     def completed(self, root: Path) -> "Bids":
         """With the classes that occur, where their order is not given."""
@@ -192,7 +194,11 @@ class Bids(Corpus):
     @property
     def stride_samples(self) -> int:
         """Samples between window starts."""
-        return round((self.stride or self.window) * self.sfreq)
+        return round(self._stride_seconds * self.sfreq)
+
+    @property
+    def _stride_seconds(self) -> float:
+        return self.window if self.stride is None else self.stride
 
     def _labelled(self) -> bool:
         return bool(self.label_column or self.label_entity or self.events)

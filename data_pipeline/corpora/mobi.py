@@ -15,6 +15,7 @@ from data_pipeline.corpora.base import (
     Catalogue,
     Corpus,
     Division,
+    Drop,
     Expected,
     Piece,
     Source,
@@ -36,6 +37,8 @@ _SFREQ = 100.0
 _STRETCHES = ((120, 720), (720, 1020), (1020, 1320))  # seconds of training, validation, test; the start is standing
 _AVERAGED = 5  # samples of an angle at the end of a window
 _FULL_ANGLE = 90.0
+_ANGLES = 12  # columns of joints.txt after the time
+_LARGEST_ANGLE = 1e6  # degrees; a goniometer gives less than 360
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +91,12 @@ class Mobi(Corpus):
         return Catalogue(sources, left_out)
 
     def read(self, source: Source) -> Iterator[Piece]:
-        """One piece per part of the session. Raises ValueError for a session that ends before training does."""
+        """One piece per part of the session, as far as it lasts. Raises ValueError for a file of another form."""
         wanted = CHANNEL_ORDERS[self._order()]
         columns = [1 + _COLUMNS.index(name) for name in wanted]
-        signal = read_samples(source.path, columns, delimiter="\t", header_lines=1)
-        angles = read_samples(
-            source.path.with_name("joints.txt"), range(1, 1 + self.targets), delimiter="\t", header_lines=2
-        )
+        signal = read_samples(source.path, columns, delimiter="\t", header_lines=1, width=1 + len(_COLUMNS))
+        joints, wanted_angles = source.path.with_name("joints.txt"), range(1, 1 + self.targets)
+        angles = read_samples(joints, wanted_angles, delimiter="\t", header_lines=2, width=1 + _ANGLES)
         notes = _doubts(source, signal.shape[1], angles.shape[1])
         n_times = min(signal.shape[1], angles.shape[1])
         for part, stretch in zip(PARTS, _STRETCHES, strict=True):
@@ -127,10 +129,16 @@ class Mobi(Corpus):
         return f"mobi-{self.channels}"
 
 
-def _targets(angles: np.ndarray, n_times: int, starts: np.ndarray, _: int) -> list[tuple[float, ...]]:
-    """Mean of each angle (K,T) over the last samples of the windows from `starts` (n,): n tuples of K."""
+def _targets(angles: np.ndarray, n_times: int, starts: np.ndarray, _: int) -> list[tuple[float, ...] | Drop]:
+    """Mean of each angle (K,T) over the last samples of the windows from `starts` (n,): n tuples of K.
+
+    Windows whose angles are lacking (not a number) or impossible are dropped.
+    """
     ends = starts[:, None] + n_times - _AVERAGED + np.arange(_AVERAGED)
-    return [tuple(row) for row in angles[:, ends].mean(axis=-1).T.tolist()]
+    possible = np.logical_and.reduce(np.abs(angles) <= _LARGEST_ANGLE / _FULL_ANGLE, axis=0)
+    usable = np.logical_and.reduce(possible[ends], axis=-1).tolist()
+    means = angles[:, ends].mean(axis=-1).T.tolist()
+    return [tuple(row) if ok else Drop("no angle") for row, ok in zip(means, usable, strict=True)]
 
 
 def _doubts(source: Source, n_signal: int, n_angles: int) -> tuple[str, ...]:
@@ -138,6 +146,8 @@ def _doubts(source: Source, n_signal: int, n_angles: int) -> tuple[str, ...]:
     doubts = []
     if n_signal != n_angles:
         doubts.append(f"{n_signal} samples of signal and {n_angles} of angles: cut to the shorter")
+    if (shorter := min(n_signal, n_angles)) < _STRETCHES[1][1] * _SFREQ:
+        doubts.append(f"ends after {shorter / _SFREQ:g} s: there is nothing of it to test on")
     for path in source.companions[1:]:
         words = [normalize_name(word) for word in re.split(r"[\s,;:]+", path.read_text(errors="replace")) if word]
         listed = tuple(dict.fromkeys(word for word in words if is_electrode(word)))

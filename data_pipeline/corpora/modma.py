@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.corpora.base import Catalogue, Corpus, Division, Expected, Piece, Source, files_below, unknown_layout
 from data_pipeline.corpora.matlab import read_numeric
-from data_pipeline.corpora.published_splits import divide_by_place
+from data_pipeline.corpora.published_splits import divide_by_place, unexpected_counts
 from data_pipeline.montages import CHANNEL_ORDERS, Montage, electrode_positions
 from data_pipeline.preprocess import PreprocessConfig
 from data_pipeline.recording import Recording
@@ -20,6 +20,7 @@ _ID = re.compile(r"(\d{4})(\d{4})\D.*", re.DOTALL)
 _LABELS = {"0201": 1, "0202": 0, "0203": 0}
 _ROWS = 129  # E1 to E128 and the reference Cz, which is zero
 _SFREQ = 250.0
+_COUNTS = {1: 24, 0: 29}
 _PLACES = {1: (slice(0, 14), slice(14, 19), slice(19, 24)), 0: (slice(0, 15), slice(15, 22), slice(22, 29))}
 
 
@@ -63,7 +64,7 @@ class Modma(Corpus):
                 sources.append(Source(path, name, found[1] + found[2], label=label))
         if not sources:
             raise unknown_layout(self, root, left_out)
-        return Catalogue(sources, left_out)
+        return Catalogue(sources, left_out, unexpected_counts(sources, _COUNTS, self.class_names()))
 
     def read(self, source: Source) -> Iterator[Piece]:
         """The whole recording without Cz."""

@@ -8,12 +8,13 @@ from typing import ClassVar, Literal
 
 from data_pipeline.corpora import tuh
 from data_pipeline.corpora.base import Catalogue, Corpus, Division, Expected, Piece, Source, files_below, unknown_layout
-from data_pipeline.corpora.published_splits import divide_by_place
+from data_pipeline.corpora.published_splits import divide_by_place, unexpected_counts
 from data_pipeline.montages import CHANNEL_ORDERS
 from data_pipeline.preprocess import PreprocessConfig
 
 _FILE = re.compile(r"(?P<prefix>\d+_)?(?P<group>H|MDD)\s+S(?P<number>\d+)\s+(?P<condition>EC|EO|TASK)", re.IGNORECASE)
 _LABELS = {"H": 0, "MDD": 1}
+_COUNTS = {1: 33, 0: 30}
 _PLACES = {1: (slice(0, 23), slice(23, 28), slice(28, None)), 0: (slice(0, 19), slice(19, 23), slice(23, 27))}
 
 
@@ -58,7 +59,8 @@ class Mumtaz2016(Corpus):
                 sources[subject, condition] = Source(path, name, subject, condition, label=_LABELS[group])
         if not sources:
             raise unknown_layout(self, root, left_out)
-        return Catalogue(list(sources.values()), left_out)
+        warnings = unexpected_counts(list(sources.values()), _COUNTS, self.class_names())
+        return Catalogue(list(sources.values()), left_out, warnings)
 
     def read(self, source: Source) -> Iterator[Piece]:
         """The whole recording; all 19 electrodes are required, A2-A1 and two unnamed pairs are left out."""

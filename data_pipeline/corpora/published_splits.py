@@ -7,6 +7,19 @@ from data_pipeline.corpora.base import PARTS, Division, Source
 Places = tuple[slice, slice, slice]
 
 
+def unexpected_counts(
+    sources: Sequence[Source], counts: Mapping[int, int], class_names: Sequence[str]
+) -> tuple[str, ...]:
+    """A sentence for every class with another number of subjects than published: the places then mean others."""
+    found = {label: len({source.subject for source in sources if source.label == label}) for label in counts}
+    return tuple(
+        f"{found[label]} subjects are of class {class_names[label]}, {count} were expected: the published split goes "
+        "by their places in order, and may mean others"
+        for label, count in counts.items()
+        if found[label] != count
+    )
+
+
 def divide_by_place(
     sources: Sequence[Source], order: Mapping[int, Sequence[str]], places: Mapping[int, Places], rule: str
 ) -> Division:

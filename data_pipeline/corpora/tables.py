@@ -35,20 +35,27 @@ def number(text: str) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def read_samples(path: Path, columns: Sequence[int], *, delimiter: str, header_lines: int) -> np.ndarray:
+def read_samples(
+    path: Path, columns: Sequence[int], *, delimiter: str, header_lines: int, width: int | None = None
+) -> np.ndarray:
     """The columns at these places of a table of numbers below `header_lines` lines: (len(columns), T) float64.
 
+    width: how many columns the first row must have (None: any number), where nothing but their order names them.
     Raises ValueError when a cell is no number, a row is too short, or there are no rows.
     """
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with path.open(encoding="latin-1") as file:
             head = [next(file, "") for _ in range(header_lines + 1)]
         if not head[-1].strip():
             raise ValueError("no rows below the header")
+        found = head[-1].rstrip().count(delimiter) + 1
+        if width not in (None, found):
+            raise ValueError(f"its first row has {found} columns, {width} were expected")
+        # Any byte is a letter of latin-1: a header with a micro sign in an 8-bit encoding is no obstacle.
         values = np.loadtxt(
-            path, delimiter=delimiter, skiprows=header_lines, usecols=columns, ndmin=2, encoding="utf-8"
+            path, delimiter=delimiter, skiprows=header_lines, usecols=columns, ndmin=2, encoding="latin-1"
         )
     except ValueError as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path.name} is not the table of {len(columns)} columns that it should be: {first}") from None
+        raise ValueError(f"{path.name} is not the table that it should be: {first}") from None
     return np.ascontiguousarray(values.T)

@@ -88,7 +88,7 @@ class TdBrain(Corpus):
         for source in catalogue.sources:
             pseudo_id = int(source.session.rsplit(" ", 1)[1])
             part = next((part for part, ids in _IDS.items() if pseudo_id in ids), "")
-            if part:
+            if part and (pseudo_id < _FIRST_HEALTHY) == bool(source.label):  # a 26th patient is no healthy person
                 parts[source.name] = part
             else:
                 left_out[source.name] = f"pseudo-id {pseudo_id} is in no part of the published split"

@@ -1,6 +1,7 @@
 """SEED-V, APAVA, TDBrain, Mumtaz2016, MODMA, MoBI, EEGMAT and BIDS from synthetic trees, faults included."""
 
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -12,6 +13,7 @@ import pytest
 
 from data_pipeline.corpora import CORPORA, seed_v
 from data_pipeline.corpora.base import Catalogue, Source
+from data_pipeline.corpora.bids import Bids
 from data_pipeline.corpora.bids_files import electrode_table, parse_name, sidecar
 from data_pipeline.corpora.matlab import read_numeric
 from data_pipeline.corpora.mobi import Mobi
@@ -19,7 +21,9 @@ from data_pipeline.corpora.modma import Modma
 from data_pipeline.corpora.mumtaz2016 import Mumtaz2016
 from data_pipeline.corpora.seed_v import SeedV
 from data_pipeline.corpora.tables import number, read_rows, read_samples
+from data_pipeline.corpora.tdbrain import TdBrain
 from data_pipeline.prepare import main
+from data_pipeline.source_windows import SourceTask, process_source, read_blocks
 from data_pipeline.store import WindowStore
 from data_pipeline.windows import cut_windows
 
@@ -304,6 +308,12 @@ def test_tdbrain_selection_pseudo_ids_and_values(tmp_path):
     assert montage.ch_names == tuple(name.upper() for name in trees.TDBRAIN_26)
 
 
+def test_tdbrain_a_patient_beyond_the_published_25_is_in_no_part():
+    sources = [Source(None, f"{i}.x", f"s{i}", f"ses-1, pseudo-id {i}", label=1) for i in (25, 29, 46)]
+    division = TdBrain().split(Catalogue([*sources, Source(None, "h.x", "h", "ses-1, pseudo-id 29", label=0)]))
+    assert division.parts == {"25.x": "test", "h.x": "train"}  # 29 and 46 are places of healthy subjects
+
+
 def test_tdbrain_table_that_is_none(tmp_path, capsys):
     (tmp_path / trees.TDBRAIN_TSV).write_text("id\tindication\n")
     assert run("tdbrain", tmp_path, tmp_path / "out") == 2
@@ -317,7 +327,7 @@ def test_tables_are_read_tolerantly(tmp_path):
         assert read_rows(tmp_path / "a.tsv") == [{"name": "m\u00fcller", "age": "63,5"}, {"name": "x", "age": ""}]
     assert [number(text) for text in ("63,5", " 1.0 ", "n/a", "", "inf")] == [63.5, 1.0, None, None, None]
     (tmp_path / "b.txt").write_text("h\n1 2 3\n4 5\n")
-    with pytest.raises(ValueError, match=r"b.txt is not the table of 2 columns"):
+    with pytest.raises(ValueError, match=r"b.txt is not the table that"):
         read_samples(tmp_path / "b.txt", [0, 2], delimiter=" ", header_lines=1)
     (tmp_path / "c.txt").write_text("h\n")
     with pytest.raises(ValueError, match="no rows below the header"):
@@ -374,6 +384,27 @@ def test_mumtaz_split_is_by_number_within_the_class():
     assert division.parts["MDD S24.x"] == "validation"
     assert division.parts["H S24.x"] == "test"
     assert sorted(division.left_out) == ["H S28.x", "H S29.x", "H S30.x"]
+
+
+@pytest.mark.parametrize("corpus", ["mumtaz2016", "modma"])
+def test_a_split_by_places_warns_when_subjects_are_lacking(tmp_path, corpus):
+    """One file less and everybody behind it moves up a place: not the published split any more."""
+
+    def warnings(lacking):
+        root = tmp_path / f"{lacking}"
+        root.mkdir()
+        names = {
+            "mumtaz2016": [f"MDD S{i} EC.edf" for i in range(1, 34)] + [f"H S{i} EO.edf" for i in range(1, 31)],
+            "modma": [f"0201{i:04d}rest.mat" for i in range(24)] + [f"0203{i:04d}rest.mat" for i in range(29)],
+        }[corpus]
+        for name in names[lacking:]:
+            (root / name).touch()
+        return list(CORPORA[corpus]().find(root).warnings)
+
+    assert warnings(0) == []
+    (sentence,) = warnings(1)
+    count = {"mumtaz2016": 33, "modma": 24}[corpus]
+    assert sentence.startswith(f"{count - 1} subjects are of class depression, {count} were expected")
 
 
 # --- MODMA ------------------------------------------------------------------------------------------------------------
@@ -533,6 +564,72 @@ def test_mobi_published_counts_of_windows_and_measured_targets(mobi_raw):
     }
 
 
+def short_session(root):
+    """A session of 4 minutes: (folder, lines of eeg.txt, lines of joints.txt)."""
+    trees.mobi_tree(root, minutes=(4,))
+    folder = root / "SL01-T01"
+    return folder, *((folder / name).read_text().splitlines() for name in ("eeg.txt", "joints.txt"))
+
+
+def mobi_windows(root, **options):
+    """What becomes of the only session: (labels (n,K), manifest entry)."""
+    corpus = Mobi(step=200, **options)
+    (source,) = (source for source in corpus.find(root).sources if source.subject == "SL01")
+    task = SourceTask(source, corpus, root / "results")
+    entry = process_source(task)
+    blocks = list(read_blocks(task.files(entry["key"])[1])) if "windows" in entry else []
+    return [block.labels for block in blocks], entry
+
+
+@pytest.mark.parametrize("angle", ["nan", "inf", "1e308", "-1e9"])
+def test_mobi_windows_without_an_angle_are_left_out(tmp_path, angle):
+    folder, _, joints = short_session(tmp_path)
+    row = 2 + 12_000 + 5 * 200 - 1  # the last sample of the fifth window of training
+    time, _, *others = joints[row].split("\t")
+    joints[row] = "\t".join([time, angle, *others])
+    (folder / "joints.txt").write_text("\n".join(joints) + "\n")
+    (labels,), entry = mobi_windows(tmp_path)
+    assert (entry["windows"], entry["rejected_windows"]) == (59, {"no angle": 1})
+    assert np.isfinite(labels).all()
+    assert "ends after 240 s: there is nothing of it to test on" in entry["notes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("eeg.txt", lambda line: line + "\t3", "eeg.txt .*its first row has 66 columns, 65 were expected"),
+        ("eeg.txt", lambda line: line.rpartition("\t")[0], "its first row has 64 columns, 65 were expected"),
+        ("joints.txt", lambda line: "7\t" + line, "joints.txt .*its first row has 14 columns, 13 were expected"),
+        ("joints.txt", lambda line: line.replace("\t", ","), "its first row has 1 columns, 13 were expected"),
+    ],
+)
+def test_mobi_columns_that_nothing_names_must_be_as_many_as_documented(tmp_path, name, change, reason):
+    folder, eeg, joints = short_session(tmp_path)
+    lines, header = (eeg, 1) if name == "eeg.txt" else (joints, 2)
+    (folder / name).write_text("\n".join([*lines[:header], *map(change, lines[header:])]) + "\n")
+    _, entry = mobi_windows(tmp_path)
+    assert entry["status"] == "rejected"
+    assert re.search(reason, entry["reason"])
+
+
+def test_mobi_files_as_other_systems_save_them(tmp_path):
+    folder, eeg, _ = short_session(tmp_path)
+    (expected,), _ = mobi_windows(tmp_path)
+    text = "\r\n".join([eeg[0].replace("channels", "\xb5V"), *(line + "\t" for line in eeg[1:])])
+    (folder / "eeg.txt").write_bytes(text.encode("latin-1"))
+    (labels,), entry = mobi_windows(tmp_path)
+    assert entry["windows"] == 60
+    np.testing.assert_array_equal(labels, expected)
+
+
+@pytest.mark.parametrize("content", [bytes(range(256)) * 40, b"", b"Time\n", b"h\n" + b"1\t" * 300_000])
+def test_mobi_files_that_are_no_tables_get_one_sentence(tmp_path, content):
+    folder, _, _ = short_session(tmp_path)
+    (folder / "eeg.txt").write_bytes(content)
+    _, entry = mobi_windows(tmp_path)
+    assert entry["reason"].startswith("eeg.txt is not the table that it should be: ")
+
+
 # --- EEGMAT -----------------------------------------------------------------------------------------------------------
 
 
@@ -648,6 +745,7 @@ def test_bids_labels_by_event_and_by_entity(bids_raw, tmp_path):
         (("--label-column", "colour"), "has no column colour beside participant_id: participant_id, age, group"),
         (("--label-column", "group", "--classes", "patient"), "--classes does not list control"),
         (("--label-column", "group", "--validation", "0.5", "--test", "0.6"), "cannot be divided"),
+        (("--label-column", "group", "--seed", "-1"), "--seed must be 0 or above, found -1"),
     ],
 )
 def test_bids_refuses_in_one_sentence(bids_raw, tmp_path, capsys, options, message):
@@ -656,6 +754,24 @@ def test_bids_refuses_in_one_sentence(bids_raw, tmp_path, capsys, options, messa
     assert message in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 0.0}, "--stride of 0 s is 0 samples"),
+        ({"window": float("nan")}, "--window of nan s"),
+        ({"window": float("inf")}, "--window of inf s"),
+        ({"sfreq": float("nan")}, "sfreq must be positive and at most"),
+        ({"sfreq": float("inf")}, "sfreq must be positive and at most"),
+        ({"l_freq": 0.0, "h_freq": None}, "l_freq must be a frequency above 0 Hz"),
+        ({"l_freq": None, "h_freq": -3.0}, "h_freq must be a frequency above 0 Hz"),
+        ({"event_seconds": -1.0}, "--event-seconds must be positive"),
+    ],
+)
+def test_bids_options_that_mean_nothing_are_refused_before_any_file(options, message):
+    with pytest.raises(ValueError, match=message):
+        Bids(**options)
 
 
 def test_bids_names_and_sidecars(tmp_path):
