@@ -337,6 +337,7 @@ def _manifest(plan: _Plan, outcomes: Sequence[dict], stored: Sequence[_Stored]) 
         "software": f"lumamba_jax {package_version('lumamba-jax')}, mne {package_version('mne')}",
         "key": plan.key,
         "options": corpus.settings(),
+        "signal": _signal(corpus),
         "class_names": names,
         "outputs": dict(sorted((name, about) for own in stored for name, about in own.stores.items())),
         "counts": {status: statuses[status] for status in ("windows", "rejected", "skipped")}
@@ -347,6 +348,19 @@ def _manifest(plan: _Plan, outcomes: Sequence[dict], stored: Sequence[_Stored]) 
         "split": {"unit": division.unit, "rule": division.rule},
         "warnings": [*plan.catalogue.warnings, *warnings],
         "files": dict(sorted(files.items())),
+    }
+
+
+def _signal(corpus: Corpus) -> dict:
+    """The signal chain and the windows: hertz and seconds, None where a filter is off."""
+    chain = corpus.common_chain()
+    return {
+        "band": [chain.l_freq, chain.h_freq],
+        "notch": chain.notch,
+        "sfreq": chain.sfreq,
+        "reference": chain.reference,
+        "window_seconds": corpus.n_times / chain.sfreq,
+        "stride_seconds": corpus.stride_samples / chain.sfreq,
     }
 
 

@@ -229,11 +229,21 @@ def _outputs(manifest: Mapping) -> str:
 
 
 def _settings(manifest: Mapping) -> str:
-    rows = [(html.escape(key), html.escape(str(value))) for key, value in manifest["options"].items()]
+    rows = [("signal", html.escape(_signal(manifest["signal"])))] if "signal" in manifest else []
+    rows += [(html.escape(key), html.escape(str(value))) for key, value in manifest["options"].items()]
     rows += [
         (what, html.escape(str(manifest[what]))) for what in ("licence", "citation", "software") if what in manifest
     ]
     return _table((), rows)
+
+
+def _signal(about: Mapping) -> str:
+    low, high = (None if edge is None else f"{edge:g} Hz" for edge in about["band"])
+    band = f"band {low or 'from DC'} to {high or 'Nyquist'}" if low or high else "no band-pass"
+    notch = f"notch {about['notch']:g} Hz" if about["notch"] else "no notch"
+    window, stride = about["window_seconds"], about["stride_seconds"]
+    cut = f"{about['sfreq']:g} Hz, windows of {window:g} s every {stride:g} s, microvolts"
+    return f"{band}, {notch}, reference: {about['reference']}, {cut}"
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from data_pipeline.hdf5_heaps import TextHeaps
-from data_pipeline.montages import Montage
+from data_pipeline.montages import CHANNEL_ORDERS, Montage
 from data_pipeline.names import Names
 from data_pipeline.old_files import (
     Flavour,
@@ -39,6 +39,11 @@ from data_pipeline.window_hashes import hash_windows
 
 SCHEMA_VERSION = "1"
 _TO_MICROVOLTS = {"uV": 1.0, "mV": 1e3, "V": 1e6}
+_LETTER_OF_ORDER = {  # of the pairs of TUH: as in pre-training, or as in the reference's labelled files
+    CHANNEL_ORDERS["tuh-bipolar-22"]: "L",
+    CHANNEL_ORDERS["tuh-bipolar-20"]: "L",
+    CHANNEL_ORDERS["tuh-bipolar-22-disk"]: "D",
+}
 _HASHED_TOGETHER = 128  # windows in memory
 _MOST_COMPRESSED = 1100  # deflate's limit is 1032 to 1
 _MEASURED_GROUPS, _MEASURED_BYTES = 8, 1 << 24  # what is looked at to tell the layout of a file from its signal
@@ -162,6 +167,8 @@ class StoreWriter:
         if len(montages) == 1:
             (only,) = montages.values()
             self._file.attrs["channel_names"] = list(only.ch_names)
+            if only.ch_names in _LETTER_OF_ORDER:
+                self._file.attrs["channel_order"] = _LETTER_OF_ORDER[only.ch_names]
 
 
 @contextlib.contextmanager

@@ -342,6 +342,7 @@ def test_the_report_shows_counts_classes_reasons_amplitudes_and_rates(tmp_path):
     assert "1 recordings outside 0.5 to 500 µV" in text
     assert "normal" in text
     assert "20% of the other subjects validate, seed 0" in text
+    assert "signalband 0.1 Hz to 75 Hz, notch 60 Hz, reference: none, 256 Hz, windows of 5 s every 5 s" in text
 
 
 def test_list_names_every_corpus_with_its_source_and_licence(capsys):

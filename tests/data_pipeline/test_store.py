@@ -67,6 +67,21 @@ def test_schema_fields_of_the_contract(tmp_path):
         assert f["a/X"].dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    ("order", "letter"),
+    [("tuh-bipolar-22", "L"), ("tuh-bipolar-20", "L"), ("tuh-bipolar-22-disk", "D"), ("apava-16", None)],
+)
+def test_the_order_of_tuh_pairs_is_stated(tmp_path, order, letter):
+    montage = named_montage(order)
+    with create_store(tmp_path / "w.h5", INFO) as store:
+        store.add(
+            "g", np.ones((1, len(montage), 50)), montage, subject="s", recording="r", start_samples=[0], labels=[0]
+        )
+    with h5py.File(tmp_path / "w.h5") as f:
+        assert f.attrs.get("channel_order") == letter
+        assert tuple(f.attrs["channel_names"]) == montage.ch_names
+
+
 def test_regression_targets_and_unlabelled_files(tmp_path):
     with create_store(tmp_path / "r.h5", StoreInfo(100.0, 50, 0.5)) as store:
         store.add(
