@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -75,9 +76,14 @@ def disk_full_named(kept: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, message) from error
 
 
+def name_inside(folder: Path, path: Path) -> str:
+    """A path below `folder`, with slashes. Bytes that are no UTF-8, which no store or report can hold, become \\xNN."""
+    return os.fsencode(path.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
+
+
 def one_line(text: str) -> str:
     """The same words without line breaks; what a damaged file makes endless is cut."""
-    words = " ".join(text.split())
+    words = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
     return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 4]} ..."
 
 

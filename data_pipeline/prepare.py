@@ -27,7 +27,15 @@ import tyro
 
 from data_pipeline import prepare_corpus
 from data_pipeline.corpora import CORPORA
-from data_pipeline.file_results import digest_of, disk_full_named, json_beside, outcome_of, package_version, write_json
+from data_pipeline.file_results import (
+    digest_of,
+    disk_full_named,
+    json_beside,
+    name_inside,
+    outcome_of,
+    package_version,
+    write_json,
+)
 from data_pipeline.montages import Montage
 from data_pipeline.preprocess import PreprocessConfig, preprocess, robust_amplitude
 from data_pipeline.readers import companions, read_recording, why_not_a_recording
@@ -202,7 +210,7 @@ def _find_files(config: PrepareConfig) -> tuple[dict[str, Path], dict[str, dict]
     taken = {config.out.resolve(), _manifest_path(config.out).resolve()}
     taken |= {config.labels.resolve()} if config.labels else set()
     for path in sorted(config.input_dir.rglob("*")):
-        name = path.relative_to(config.input_dir).as_posix()
+        name = name_inside(config.input_dir, path)
         hidden = any(part.startswith(".") for part in Path(name).parts)
         if hidden or not path.is_file() or path.resolve() in taken:
             continue

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from data_pipeline.file_results import name_inside
 from data_pipeline.montages import Montage
 from data_pipeline.preprocess import PreprocessConfig
 from data_pipeline.recording import Recording
@@ -196,8 +197,9 @@ def files_below(root: Path, *suffixes: str) -> list[tuple[str, Path]]:
     for path in root.rglob("*"):
         relative = path.relative_to(root)
         if path.suffix.lower() in suffixes and not any(part.startswith(".") for part in relative.parts):
-            found.append((relative.as_posix(), path))
-    return sorted((name, path) for name, path in found if path.is_file())
+            found.append((name_inside(root, path), path))
+    # A link into nowhere is a file whose content was not fetched (git-annex): reading it says so.
+    return sorted((name, path) for name, path in found if path.is_file() or (path.is_symlink() and not path.exists()))
 
 
 def unknown_layout(corpus: Corpus, root: Path, left_out: Mapping[str, str]) -> ValueError:

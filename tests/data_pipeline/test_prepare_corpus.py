@@ -232,6 +232,41 @@ def test_mistakes_of_the_user_are_one_sentence(raw, tmp_path, capsys):
     assert list((tmp_path / "o3").iterdir()) == []
 
 
+def test_names_that_are_no_utf_8_stop_nothing(raw, tmp_path):
+    """Archives from other systems: neither JSON, HDF5 nor HTML can hold such bytes."""
+    odd = os.fsdecode(b"na\xefve")
+    shutil.copytree(raw, tmp_path / "raw")
+    folder = tmp_path / "raw" / "edf" / "train" / "normal" / "01_tcp_ar"
+    try:
+        (folder / odd).mkdir()
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    good = folder / "aaaaaaa0_s001_t000.edf"
+    shutil.copy(good, folder / odd / "aaaaaaa0_s009_t000.edf")
+    shutil.copy(good, folder / f"{odd}.edf")
+    (folder / odd / "aaaaaaa0_s010_t000.edf").write_bytes(b"0")
+    assert run(tmp_path / "raw", tmp_path / "out") == 0
+    files = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    found = {name.partition("01_tcp_ar/")[2]: entry["status"] for name, entry in files.items() if "ve" in name}
+    assert found == {
+        r"na\xefve.edf": "skipped",
+        r"na\xefve/aaaaaaa0_s009_t000.edf": "windows",
+        r"na\xefve/aaaaaaa0_s010_t000.edf": "rejected",
+    }
+    assert "ve.edf" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    stores = [WindowStore(path) for path in (tmp_path / "out").glob("*.h5")]
+    assert any(r"na\xefve/aaaaaaa0_s009" in name for store in stores for name in store.recordings)
+
+
+def test_a_file_whose_content_was_not_fetched_is_named(raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "raw")
+    name = "edf/train/normal/01_tcp_ar/aaaaaaa0_s008_t000.edf"
+    (tmp_path / "raw" / name).symlink_to(tmp_path / ".git" / "annex" / "objects" / "x.edf")
+    assert run(tmp_path / "raw", tmp_path / "out") == 0
+    entry = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"][name]
+    assert (entry["status"], entry["reason"]) == ("rejected", "cannot be read (No such file or directory)")
+
+
 def test_two_runs_do_not_write_to_one_folder(raw, tmp_path, capsys):
     with prepare_corpus._alone(tmp_path / ".prepare"):
         assert run(raw, tmp_path) == 2
