@@ -10,6 +10,7 @@ is listed and makes the exit status 1.
 
 import gzip
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from corpus_trees_other import (
     SEED_V_66,
     apava_tree,
     bids_tree,
+    mobi_tree,
     modma_tree,
     noise,
     tdbrain_tree,
@@ -31,9 +33,11 @@ from corpus_trees_other import (
 )
 from fuzzing import main, mutated, mutated_text, run_cases
 
+from data_pipeline.corpora import mobi
 from data_pipeline.corpora.apava import Apava
 from data_pipeline.corpora.base import Catalogue, Corpus, Piece, Source, files_below
 from data_pipeline.corpora.bids import Bids
+from data_pipeline.corpora.mobi import Mobi
 from data_pipeline.corpora.modma import Modma
 from data_pipeline.corpora.seed_v import SeedV
 from data_pipeline.corpora.tdbrain import TdBrain
@@ -165,6 +169,16 @@ def _seed_v(folder):
     write_cnt(folder / "EEG_raw/1_1_20180804.cnt", SEED_V_66, counts, sfreq=200)
 
 
+def _mobi(folder):
+    """The beginning of a session: its parts follow each other within 12 s, so that mutations hit what is used."""
+    mobi._STRETCHES = ((0, 4), (4, 8), (8, 12))
+    mobi_tree(folder, minutes=(1,))
+    shutil.rmtree(folder / "SL02-T01")
+    for name in ("eeg.txt", "joints.txt"):
+        path = folder / "SL01-T01" / name
+        path.write_bytes(_lines(path, 1202))
+
+
 def _written(folder):
     """Kits of files written here."""
     makers = {
@@ -181,6 +195,7 @@ def _written(folder):
         "modma": (Modma(), modma_tree),
         "tdbrain": (TdBrain(), tdbrain_tree),
         "seed-v": (SeedV(), _seed_v),
+        "mobi": (Mobi(), _mobi),
     }
     kits = []
     for name, (corpus, make) in makers.items():
@@ -313,7 +328,7 @@ def _of_source(task):
     shape = (len(blocks[0].montage), task.corpus.n_times)
     whole = all(b.signal.shape[1:] == shape and b.signal.dtype == np.float32 for b in blocks)
     finite = all(np.isfinite(b.signal).all() and np.isfinite(b.montage.locations).all() for b in blocks)
-    labelled = all(b.labels is None or len(b.labels) == len(b.signal) for b in blocks)
+    labelled = all(b.labels is None or (len(b.labels) == len(b.signal) and np.isfinite(b.labels).all()) for b in blocks)
     if not (whole and finite and labelled and sum(len(b.signal) for b in blocks) == entry["windows"]):
         return f"windows that cannot be: whole {whole}, finite {finite}, labelled {labelled}"
     return "windows"

@@ -8,6 +8,7 @@ import corpus_trees as trees
 import mne
 import numpy as np
 import pytest
+from fuzzing import mutated, mutated_text
 
 from data_pipeline.corpora.base import Catalogue, Source
 from data_pipeline.corpora.siena import Siena
@@ -409,6 +410,20 @@ def test_what_cannot_be_excluded_is_refused_in_one_sentence(tueg, tmp_path, name
     with pytest.raises(ValueError, match=message) as refusal:
         Tueg(exclude=(tmp_path / name if name == "ids.txt" else tmp_path,)).find(tueg / "raw")
     assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_damaged_lists_of_subjects_are_understood_or_refused(tueg, tmp_path):
+    content = b"# of TUAB\naaaaabb0\naaaaaaab_s001_t000.edf\r\n\n00000254\n"
+    refusals = []
+    for case in range(200):
+        rng = np.random.default_rng((12, case))
+        (tmp_path / "ids.txt").write_bytes((mutated if case % 2 else mutated_text)(content, rng))
+        try:
+            Tueg(exclude=(tmp_path / "ids.txt",)).find(tueg / "raw")
+        except ValueError as error:
+            refusals.append(str(error))
+    assert 20 < len(refusals) < 180
+    assert all("ids.txt" in text and len(text.splitlines()) == 1 for text in refusals)
 
 
 def test_low_rates_are_kept_with_a_lower_band_when_asked(tueg, tmp_path):

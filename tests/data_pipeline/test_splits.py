@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from fuzzing import mutated, mutated_text
 
 from data_pipeline.leakage import Times, check_content, check_disjoint, check_times
 from data_pipeline.names import Names
@@ -421,6 +422,25 @@ def test_broken_lists_get_one_sentence_with_their_name(tmp_path, name):
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as refusal:
         load_split(tmp_path / name, subjects, subjects)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_damaged_lists_are_read_or_refused_in_one_sentence(tmp_path, name):
+    subjects, _ = windows_of(6)
+    refusals, read = [], 0
+    for case in range(150):
+        rng = np.random.default_rng((11, case))
+        change = mutated if case % 2 else mutated_text
+        (tmp_path / name).write_bytes(change(LISTS[name].encode(), rng))
+        try:
+            load_split(tmp_path / name, subjects)
+            read += 1
+        except ValueError as error:
+            refusals.append(str(error))
+    assert read + len(refusals) == 150
+    assert len(refusals) > 30
+    assert all(str(tmp_path / name) in text or "leakage" in text for text in refusals)
+    assert {len(text.splitlines()) for text in refusals} == {1}
 
 
 @pytest.mark.parametrize(("name", "head", "line"), [("l.txt", "train:", "{}"), ("l.csv", "subject,split", "{},train")])
