@@ -1,8 +1,10 @@
 """EDF/EDF+, BDF, FIF, BrainVision and EEGLAB files to recordings, through MNE."""
 
 import dataclasses
+import glob
 import os
 import re
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -48,7 +50,30 @@ def read_fif(path: Path) -> Recording:
     """A continuous FIF file; channels that the file does not call EEG are dropped, its digitised positions kept."""
     import mne
 
+    for part in (path, *path.parent.glob(f"{glob.escape(path.stem)}-*.fif")):  # MNE goes on in the parts of a long file
+        _check_tags_end(part)
     return _from_raw(_through_mne(mne.io.read_raw_fif, path), unit="V (FIF)")
+
+
+def _check_tags_end(path: Path) -> None:
+    """Raise ValueError when the tags of a FIF file lead in a circle, which MNE would follow for ever.
+
+    A tag is four big-endian int32: kind, type, bytes of content, and where the next tag is (0 = behind the content,
+    below 0 = there is none).
+    """
+    seen, position = set(), 0
+    with path.open("rb") as file:
+        while position not in seen:
+            seen.add(position)
+            file.seek(position)
+            tag = file.read(16)
+            if len(tag) < 16:
+                return
+            size, after = struct.unpack(">8xIi", tag)
+            if after < 0:
+                return
+            position = after or position + 16 + size
+    raise ValueError(f"damaged: the tags of {path.name} lead back to byte {position}, they have no end")
 
 
 def read_brainvision(path: Path) -> Recording:

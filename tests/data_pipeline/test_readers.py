@@ -257,6 +257,20 @@ def test_edf_labels_that_were_wiped_out_are_no_repeated_ones(tmp_path):
     assert read_recording(path).ch_names[0] == "C3"
 
 
+@pytest.mark.parametrize("damaged", ["a_raw.fif", "a_raw-1.fif"])
+def test_fif_tags_in_a_circle_are_one_sentence(tmp_path, damaged):
+    import mne
+
+    raw = mne.io.RawArray(np.zeros((1, 300_000)), mne.create_info(["C3"], 100.0, "eeg"), verbose="ERROR")
+    raw.save(tmp_path / "a_raw.fif", fmt="double", split_size="2MB", verbose="ERROR")
+    content = bytearray((tmp_path / damaged).read_bytes())
+    third = 36 + 16 + int.from_bytes(content[44:48], "big")  # the second, the place of a directory, begins at byte 36
+    content[third + 12 : third + 16] = (36).to_bytes(4, "big")  # behind the third comes the second
+    (tmp_path / damaged).write_bytes(content)
+    with pytest.raises(ValueError, match=r"^a_raw\.fif: damaged: the tags of " + damaged.replace(".", r"\.")):
+        read_recording(tmp_path / "a_raw.fif")
+
+
 def test_fif_channels_of_no_kind_are_one_sentence(tmp_path):
     import mne
 
