@@ -39,6 +39,7 @@ from data_pipeline.file_results import (
 from data_pipeline.montages import Montage
 from data_pipeline.preprocess import PreprocessConfig, preprocess, robust_amplitude
 from data_pipeline.readers import companions, read_recording, why_not_a_recording
+from data_pipeline.signal_options import SignalOptions, described_classes
 from data_pipeline.store import SCHEMA_VERSION, StoreInfo, create_store
 from data_pipeline.windows import LabelTable, Segment, Windows, annotation_segments, cut_windows, read_label_table
 from data_pipeline.workers import completed, with_progress
@@ -47,7 +48,7 @@ _CACHE_VERSION = "2"  # raise when the code changes what a file becomes: older c
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(SignalOptions):
     """Settings of one run; frequencies in hertz, times in seconds."""
 
     input_dir: Annotated[Path, tyro.conf.Positional]
@@ -64,52 +65,18 @@ class PrepareConfig:
     """a recording without a row in the label table stops the run, or is left out"""
     annotations: tuple[str, ...] = ()
     """label by annotations of the file instead: DESCRIPTION or DESCRIPTION=CLASS"""
-    event_seconds: float | None = None
-    """stretch that an annotation without duration labels (default: one window)"""
     include: tuple[str, ...] = ()
     """patterns of files to take, relative to the folder (default: all)"""
     exclude: tuple[str, ...] = ()
     """patterns of files to leave out"""
-    sfreq: float = 256.0
-    """output rate"""
-    window: float = 5.0
-    """length of a window"""
-    stride: float | None = None
-    """distance between window starts (default: the window)"""
-    l_freq: float | None = 0.1
-    """lower band edge, None = no high-pass"""
-    h_freq: float | None = 75.0
-    """upper band edge, None = no low-pass; lowered, with a note, where the recording's Nyquist frequency is lower"""
-    notch: Literal["50", "60", "none"] = "50"
-    """mains frequency to remove"""
-    montage: str = "auto"
-    """auto, a published order (tuh-bipolar-22, siena-29, ...), or a comma-separated list of channels"""
-    reference: str = "none"
-    """none, average, or comma-separated electrodes"""
-    flat: Literal["drop", "keep"] = "drop"
-    """channels that are flat over a whole recording"""
     rename: tuple[str, ...] = ()
     """LABEL=NAME: electrode names for labels that say nothing"""
-    scale: float = 1.0
-    """factor on every signal, for files that state a wrong unit"""
-    accept_units: bool = False
-    """take amplitudes that are not plausible for EEG as they are"""
     text_sfreq: float | None = None
     """sampling rate of CSV/TXT files that do not state theirs"""
     subject_pattern: str | None = None
     """regular expression with one group that finds the subject in a file's path"""
     jobs: int | None = None
     """processes (default: one per core, at most 4)"""
-
-    @property
-    def n_times(self) -> int:
-        """Samples per window."""
-        return round(self.window * self.sfreq)
-
-    @property
-    def stride_samples(self) -> int:
-        """Samples between window starts."""
-        return round((self.stride or self.window) * self.sfreq)
 
     def checked(self) -> "PrepareConfig":
         """The same settings. Raises ValueError, one sentence, for the first that cannot be right."""
@@ -124,16 +91,7 @@ class PrepareConfig:
         if self.jobs is not None and self.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, found {self.jobs}")
         self.preprocess_config()
-        if self.window <= 0 or (self.stride is not None and self.stride <= 0):
-            raise ValueError(f"--window and --stride must be positive, found {self.window} and {self.stride}")
-        if self.event_seconds is not None and not self.event_seconds > 0:
-            raise ValueError(f"--event-seconds must be positive, found {self.event_seconds}")
-        for name, seconds in (("--window", self.window), ("--stride", self.stride or self.window)):
-            samples = seconds * self.sfreq
-            if not (0.5 < samples < 2**31 and abs(samples - round(samples)) <= 1e-6 * samples):
-                raise ValueError(
-                    f"{name} of {seconds:g} s is {samples:g} samples at {self.sfreq:g} Hz: not a whole number"
-                )
+        self.check_signal_options()
         if self.subject_pattern is not None:
             _subject_regex(self.subject_pattern)
         return self
@@ -143,23 +101,7 @@ class PrepareConfig:
         bad = [item for item in self.rename if "=" not in item]
         if bad:
             raise ValueError(f"--rename takes LABEL=NAME, found {bad[0]!r}")
-        return PreprocessConfig(
-            montage=self.montage,
-            l_freq=self.l_freq,
-            h_freq=self.h_freq,
-            notch=None if self.notch == "none" else float(self.notch),
-            sfreq=self.sfreq,
-            reference=self.reference,
-            flat=self.flat,
-            rename=dict(item.split("=", 1) for item in self.rename),
-            scale=self.scale,
-            accept_units=self.accept_units,
-        )
-
-    def annotation_classes(self) -> dict[str, str]:
-        """Annotation description -> class name; a description may hold `=` when a class is given after the last one."""
-        split = [item.rpartition("=") if "=" in item else (item, "=", item) for item in self.annotations]
-        return {description: name for description, _, name in split}
+        return self.chain_config(dict(item.split("=", 1) for item in self.rename))
 
 
 @dataclass(frozen=True)
@@ -279,7 +221,7 @@ def _named_by(key: str, files: dict[str, Path]) -> list[str]:
 
 
 def _class_names(table: LabelTable | None, config: PrepareConfig) -> tuple[str, ...] | None:
-    found = table.class_names if table else tuple(sorted(set(config.annotation_classes().values()))) or None
+    found = table.class_names if table else tuple(sorted(set(described_classes(config.annotations).values()))) or None
     if not config.class_names:
         return found
     if found is None:
@@ -339,7 +281,7 @@ def _windows_of(task: FileTask, cached: Path) -> dict:
     segments, notes = task.segments, list(recording.notes)
     if config.annotations:
         seconds = config.event_seconds or config.window
-        segments, ignored = annotation_segments(recording, config.annotation_classes(), event_seconds=seconds)
+        segments, ignored = annotation_segments(recording, described_classes(config.annotations), event_seconds=seconds)
         notes.append(f"{len(segments)} annotations used as labels, {ignored} others ignored")
     windows = cut_windows(recording, n_times=config.n_times, stride=config.stride_samples, segments=segments)
     subject, origin = _subject(task, source.subject)

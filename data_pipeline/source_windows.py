@@ -137,7 +137,7 @@ def _make_windows(task: SourceTask, blocks: list[Block]) -> dict:
     for piece in corpus.read(source):
         chain = _chain(piece.recording, corpus.chain(source), lower=corpus.low_rate == "lower")
         recording, montage = preprocess(piece.recording, chain)
-        block, lost = _block(piece, recording, corpus.montage(montage), corpus)
+        block, lost = _block(piece, recording, corpus.placed(montage), corpus)
         rejected.update(lost)
         facts.append(_facts(piece.recording, recording))
         if len(block.signal):

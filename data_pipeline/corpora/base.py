@@ -167,7 +167,7 @@ class Corpus(ABC):
         """The signal chain of a source."""
         return self.common_chain()
 
-    def montage(self, montage: Montage) -> Montage:
+    def placed(self, montage: Montage) -> Montage:
         """The montage that is stored; a subclass may replace template positions."""
         return montage
 

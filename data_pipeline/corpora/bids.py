@@ -32,6 +32,7 @@ from data_pipeline.montages import normalize_name
 from data_pipeline.preprocess import PreprocessConfig
 from data_pipeline.readers import read_recording
 from data_pipeline.recording import Annotation, Recording
+from data_pipeline.signal_options import SignalOptions, described_classes
 from data_pipeline.windows import Segment, annotation_segments
 
 _CHANNELS, _EVENTS, _ELECTRODES = "channels.tsv", "events.tsv", "electrodes.tsv"
@@ -41,7 +42,7 @@ _MOST_CLASSES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bids(Corpus):
+class Bids(SignalOptions, Corpus):  # pyright: ignore[reportIncompatibleVariableOverride]  (windows are options)
     """A data set in BIDS-EEG form; labels, band and windows as asked for."""
 
     name: ClassVar[str] = "bids"
@@ -62,32 +63,8 @@ class Bids(Corpus):
     """label by stretch: rows of events.tsv, DESCRIPTION or DESCRIPTION=CLASS"""
     event_column: str = "trial_type"
     """column of events.tsv that holds the descriptions"""
-    event_seconds: float | None = None
-    """stretch that an event without duration labels (default: one window)"""
     classes: tuple[str, ...] = ()
     """order of the classes (default: sorted)"""
-    sfreq: float = 256.0
-    """output rate"""
-    window: float = 5.0  # pyright: ignore[reportIncompatibleVariableOverride]  (an option here)
-    """length of a window in seconds"""
-    stride: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """distance between window starts in seconds (default: the window)"""
-    l_freq: float | None = 0.1
-    """lower band edge, None = no high-pass"""
-    h_freq: float | None = 75.0
-    """upper band edge, None = no low-pass"""
-    notch: Literal["50", "60", "none"] = "50"
-    """mains frequency to remove"""
-    channels: str = "auto"
-    """auto, a published order (tuh-bipolar-22, siena-29, ...), or a comma-separated list of channels"""
-    reference: str = "none"
-    """none, average, or comma-separated electrodes"""
-    flat: Literal["drop", "keep"] = "drop"
-    """channels that are flat over a whole recording"""
-    scale: float = 1.0
-    """factor on every signal, for files that state a wrong unit"""
-    accept_units: bool = False
-    """take amplitudes that are not plausible for EEG as they are"""
     seed: int = 0
     """of the draw of validation and test subjects"""
     validation: float = 0.2
@@ -99,13 +76,7 @@ class Bids(Corpus):
         asked = [name for name in ("label_column", "label_entity", "events") if getattr(self, name)]
         if len(asked) > 1:
             raise ValueError(f"labels come from one place, found {', '.join(asked)}")
-        self.common_chain()
-        for name, seconds in (("--window", self.window), ("--stride", self._stride_seconds)):
-            samples = seconds * self.sfreq
-            if not (0.5 < samples < 2**31 and abs(samples - round(samples)) <= 1e-6 * samples):
-                raise ValueError(f"{name} of {seconds:g} s is {samples:g} samples at {self.sfreq:g} Hz")
-        if self.event_seconds is not None and not self.event_seconds > 0:
-            raise ValueError(f"--event-seconds must be positive, found {self.event_seconds}")
+        self.check_signal_options()
 
     def completed(self, root: Path) -> "Bids":
         """With the classes that occur, where their order is not given."""
@@ -156,10 +127,10 @@ class Bids(Corpus):
             recording = _with_events(recording, sides[_EVENTS], self.event_column)
         recording = _on_samples(recording, self.sfreq)
         segments, ignored = annotation_segments(
-            recording, self._event_classes(), event_seconds=self.event_seconds or self.window
+            recording, described_classes(self.events), event_seconds=self.event_seconds or self.window
         )
         if not segments:
-            raise ValueError(f"none of its {ignored} events is one of {', '.join(self._event_classes())}")
+            raise ValueError(f"none of its {ignored} events is one of {', '.join(described_classes(self.events))}")
         numbered = [Segment(s.start, s.stop, self.classes.index(str(s.label))) for s in segments]
         yield Piece(recording.noting(f"{len(segments)} events label, {ignored} others do not"), segments=numbered)
 
@@ -179,39 +150,15 @@ class Bids(Corpus):
 
     def common_chain(self) -> PreprocessConfig:
         """Band, rate, montage and unit as asked for."""
-        return PreprocessConfig(
-            montage=self.channels,
-            l_freq=self.l_freq,
-            h_freq=self.h_freq,
-            notch=None if self.notch == "none" else float(self.notch),
-            sfreq=self.sfreq,
-            reference=self.reference,
-            flat=self.flat,
-            scale=self.scale,
-            accept_units=self.accept_units,
-        )
-
-    @property
-    def stride_samples(self) -> int:
-        """Samples between window starts."""
-        return round(self._stride_seconds * self.sfreq)
-
-    @property
-    def _stride_seconds(self) -> float:
-        return self.window if self.stride is None else self.stride
+        return self.chain_config()
 
     def _labelled(self) -> bool:
         return bool(self.label_column or self.label_entity or self.events)
 
-    def _event_classes(self) -> dict[str, str]:
-        """Description -> class; a description may hold `=` when a class is given after the last one."""
-        split = [item.rpartition("=") if "=" in item else (item, "=", item) for item in self.events]
-        return {description: name for description, _, name in split}
-
     def _found_classes(self, root: Path) -> list[str] | None:
         """The classes that occur, numbers in numerical order before words; None without labels."""
         if self.events:
-            found = set(self._event_classes().values())
+            found = set(described_classes(self.events).values())
         elif self.label_column:
             found = set(participants(root, self.label_column).values())
         elif self.label_entity:

@@ -79,7 +79,7 @@ class Modma(Corpus):
         """With the order of the chosen channels."""
         return dataclasses.replace(self.chain_settings, montage=self._order())
 
-    def montage(self, montage: Montage) -> Montage:
+    def placed(self, montage: Montage) -> Montage:
         """At the template's own positions, under another name, unless the head frame is asked for."""
         if self.positions == "head":
             return montage

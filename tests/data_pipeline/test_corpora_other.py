@@ -473,7 +473,7 @@ def test_modma_positions_in_both_frames_and_13_channels(modma, tmp_path):
         "E108",
         "E116",
     )
-    head = Modma(positions="head").montage(store.montages["modma-13"])
+    head = Modma(positions="head").placed(store.montages["modma-13"])
     assert head == montage
     full = mne.channels.montage.transform_to_head(mne.channels.make_standard_montage("GSN-HydroCel-129"))
     np.testing.assert_allclose(location(store, "E36"), full.get_positions()["ch_pos"]["E36"], atol=1e-6)

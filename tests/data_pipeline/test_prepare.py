@@ -165,7 +165,7 @@ def test_bad_settings_and_folders(folder, tmp_path, capsys):
     fails_with(capsys, "holds no files", folder / "empty", out)
     fails_with(capsys, "is a folder: the output must be a file", folder, folder)
     fails_with(capsys, "not a whole number", folder, out, "--window", "1.001", "--sfreq", "128")
-    fails_with(capsys, "--window and --stride must be positive", folder, out, "--window", "-1")
+    fails_with(capsys, "not a whole number above 0", folder, out, "--window", "-1")
     fails_with(capsys, "--jobs must be at least 1", folder, out, "--jobs", "0")
     fails_with(capsys, "is not 'auto', a known order", folder, out, "--montage", "tuh22")
     fails_with(capsys, "LABEL=NAME", folder, out, "--rename", "x")
