@@ -9,20 +9,20 @@ from data_pipeline.preprocess import PreprocessConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SignalOptions:
-    """Frequencies in hertz, times in seconds."""
+    """What a user may ask of the chain and the windows; a command adds its own options."""
 
     sfreq: float = 256.0
-    """output rate"""
+    """output rate, hertz"""
     window: float = 5.0
-    """length of a window"""
+    """length of a window, seconds"""
     stride: float | None = None
-    """distance between window starts (default: the window)"""
+    """seconds between window starts (default: the window)"""
     l_freq: float | None = 0.1
-    """lower band edge, None = no high-pass"""
+    """lower band edge, hertz; None = no high-pass"""
     h_freq: float | None = 75.0
-    """upper band edge, None = no low-pass; lowered where a recording's rate asks for it, or that is left out"""
+    """upper band edge, hertz; None = no low-pass; lowered where a recording's rate asks for it, or that is left out"""
     notch: Literal["50", "60", "none"] = "50"
-    """mains frequency to remove"""
+    """mains frequency to remove, hertz"""
     montage: str = "auto"
     """auto, a published order (tuh-bipolar-22, siena-29, ...), or a comma-separated list of channels"""
     reference: str = "none"
@@ -34,7 +34,7 @@ class SignalOptions:
     accept_units: bool = False
     """take amplitudes that are not plausible for EEG as they are"""
     event_seconds: float | None = None
-    """stretch that an event without duration labels (default: one window)"""
+    """seconds that an event without duration labels (default: one window)"""
 
     @property
     def n_times(self) -> int:
