@@ -89,6 +89,7 @@ def adapted_prototypes(
     spread = np.mean(
         [((train[train_labels == k] - own) ** 2).sum(1).mean() for k, own in zip(known, prototypes, strict=True)]
     )
+    spread = spread or 1.0  # one window of each class: only which prototype is nearer is left to say
     for subject in np.unique(test_subjects):
         own = np.flatnonzero(test_subjects == subject)
         for _ in range(rounds):

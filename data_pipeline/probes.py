@@ -7,6 +7,7 @@ is chosen in folds by subject. All give class probabilities `(m, K)` float64.
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.special import softmax
 
 from data_pipeline.band_power import classify
 
@@ -81,6 +82,9 @@ def class_prototypes(
 ) -> np.ndarray:
     """Distance to each class's mean under a common covariance, shrunk as Ledoit and Wolf say (linear discriminant).
 
+    Every class has the same prior, as the balanced accuracy beside other methods asks for: how many windows or subjects
+    of a class happen to be in the training does not decide.
+
     Raises: ValueError when the training windows hold one class only.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -91,7 +95,11 @@ def class_prototypes(
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=None)
     model.fit((train_features - centre) / scale, train_labels)
     probabilities = np.zeros((len(test_features), num_classes))
-    probabilities[:, model.classes_] = model.predict_proba((test_features - centre) / scale)
+    logits = model.decision_function((test_features - centre) / scale).reshape(len(test_features), -1)
+    if len(model.classes_) == 2:  # one column then: the second against the first
+        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
+    logits = logits - np.log(model.priors_)  # those of the training, in which the covariances stay pooled
+    probabilities[:, model.classes_] = softmax(logits, axis=1)
     return probabilities
 
 

@@ -7,7 +7,7 @@ tasks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -49,6 +49,11 @@ class Labelled:
         return len(self.class_names)
 
     @property
+    def whole_recordings(self) -> np.ndarray:
+        """What pieces of recordings (`recording#piece`: trials, parts of a file) were cut from, `(n,)` str."""
+        return np.array([str(name).partition("#")[0] for name in self.recordings])
+
+    @property
     def has_subjects_of_one_class(self) -> bool:
         """Whether some subject has windows of one class only, as where the class is a diagnosis."""
         return any(len(np.unique(self.labels[self.subjects == subject])) < 2 for subject in np.unique(self.subjects))
@@ -73,12 +78,10 @@ def fitted_rows(split: Split) -> np.ndarray:
     return np.sort(np.concatenate([split.train, split.val]))
 
 
-def embedding_methods(
-    data: Labelled, features: np.ndarray, *, name: str, knows: Literal["nothing", "pre-training windows"] = "nothing"
-) -> list[Method]:
+def embedding_methods(data: Labelled, features: np.ndarray, *, name: str, knows: Knows = "nothing") -> list[Method]:
     """Probes of features `(n, D)`, as they are and adapted to the test subject by its unlabelled windows.
 
-    `knows` says whether the encoder was pre-trained on unlabelled windows of test subjects.
+    `knows` says what the encoder was trained on of test subjects; of labels every row then knows.
     """
     found = [
         Method(f"{name}, {probe}", knows, _probe_fit(data, lambda _: features, fit))
@@ -92,7 +95,7 @@ def embedding_methods(
         fit = None if data.has_subjects_of_one_class else _probe_fit(data, change, probes.linear_probe)
         found.append(Method(f"{name}, linear, {how}", "unlabelled windows", fit, SUBJECT_IS_CLASS))
     found.append(Method(f"{name}, prototypes moved", "unlabelled windows", _moved_fit(data, features)))
-    return found
+    return [replace(method, knows=knows) for method in found] if knows == "labelled windows" else found
 
 
 def baseline_methods(
@@ -149,15 +152,14 @@ def calibration_splits(data: Labelled, shots: int, *, seed: int = 0) -> list[Spl
     """
     if data.has_subjects_of_one_class:
         raise ValueError(f"few-shot calibration is not possible here: {SUBJECT_IS_CLASS}")
+    recordings = data.whole_recordings  # a shot at the end of one piece may touch a window of the next
     return [
-        few_shot(data.subjects, data.labels, data.recordings, data.times, subject=subject, shots=shots, seed=seed)
+        few_shot(data.subjects, data.labels, recordings, data.times, subject=subject, shots=shots, seed=seed)
         for subject in np.unique(data.subjects).tolist()
     ]
 
 
-def few_shot_methods(
-    data: Labelled, features: np.ndarray, *, name: str, knows: Literal["nothing", "pre-training windows"] = "nothing"
-) -> list[Method]:
+def few_shot_methods(data: Labelled, features: np.ndarray, *, name: str, knows: Knows = "nothing") -> list[Method]:
     """Linear probes for `calibration_splits`: the shots not used, added to the training, and used for the centre too.
 
     All are scored on the same windows, so that the first says what the other two gain.

@@ -2,6 +2,8 @@
 59:920, 2012), by pyRiemann.
 """
 
+from typing import Any
+
 import numpy as np
 
 from data_pipeline.band_power import classify
@@ -17,7 +19,9 @@ def tangent_space_features(train_uv: np.ndarray, test_uv: np.ndarray, sfreq: flo
         train_uv, test_uv: windows `(n, C, T)`, microvolts.
         sfreq: hertz.
 
-    Covariances are shrunk (oracle approximating shrinkage). Raises ValueError when a band needs a higher rate.
+    Covariances are shrunk (oracle approximating shrinkage). A window without power has no covariance that could be
+    inverted: it counts as the mean (0), so that one of them does not end it all. Raises ValueError when a band needs a
+    higher rate, and when no training window has power.
     """
     from pyriemann.estimation import Covariances
     from pyriemann.tangentspace import TangentSpace
@@ -25,10 +29,22 @@ def tangent_space_features(train_uv: np.ndarray, test_uv: np.ndarray, sfreq: flo
     parts = []
     for low, high in BANDS:
         covariances = [Covariances("oas").transform(_filtered(x, sfreq, low, high)) for x in (train_uv, test_uv)]
-        space = TangentSpace(metric="riemann").fit(covariances[0])
-        parts.append([space.transform(c) for c in covariances])
+        powers = [np.trace(c, axis1=1, axis2=2) for c in covariances]
+        least = 1e-12 * powers[0].max()
+        if not least:
+            raise ValueError(f"no training window has power between {low:g} and {high:g} Hz")
+        space = TangentSpace(metric="riemann").fit(covariances[0][powers[0] > least])
+        parts.append([_tangents(space, c, power > least) for c, power in zip(covariances, powers, strict=True)])
     train, test = (np.concatenate(found, axis=1) for found in zip(*parts, strict=True))
     return train, test
+
+
+def _tangents(space: Any, covariances: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    channels = covariances.shape[1]
+    found = np.zeros((len(covariances), channels * (channels + 1) // 2))
+    if usable.any():
+        found[usable] = space.transform(covariances[usable])
+    return found
 
 
 def tangent_space_classifier(

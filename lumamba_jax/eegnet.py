@@ -57,7 +57,7 @@ class EEGNet(nnx.Module):
         self.norm1 = nnx.BatchNorm(f1, momentum=0.9, rngs=rngs)
         self.spatial = conv(f1, f2, (num_channels, 1), padding="VALID", feature_group_count=f1)
         self.norm2 = nnx.BatchNorm(f2, momentum=0.9, rngs=rngs)
-        length = max(1, round(sfreq / 4 / 2))  # a quarter of a second after the first pooling, at a reference of 128 Hz
+        length = max(1, round(sfreq / 4 / 2))  # half a second after the first pooling
         self.separable = conv(f2, f2, (1, length), padding="SAME", feature_group_count=f2)
         self.pointwise = conv(f2, f2, (1, 1))
         self.norm3 = nnx.BatchNorm(f2, momentum=0.9, rngs=rngs)
@@ -122,6 +122,9 @@ class EEGNetClassifier:
     ) -> Self:
         """Train on windows, keep the weights of the lowest loss on `validation` (other subjects).
 
+        The loss of a window is weighted by the inverse of its class's share of the training windows, 1 for the most
+        frequent class, as in the paper.
+
         Raises: ValueError when there are fewer windows than one batch needs to normalise (2).
         """
         if len(signal_uv) < 2:
@@ -134,6 +137,7 @@ class EEGNetClassifier:
         model = EEGNet(config, *signal_uv.shape[1:], self._sfreq, self._num_classes, nnx.Rngs(config.seed))
         graph, params, rest = nnx.split(model, nnx.Param, ...)
         optimizer = optax.adam(config.lr)
+        weights = _class_weights(labels, self._num_classes)
         state, step = (params, rest, optimizer.init(params)), _make_step(graph, optimizer)
         best: tuple[float, Any] = (np.inf, (params, rest))
         waited, rng = 0, np.random.default_rng(config.seed)
@@ -142,10 +146,10 @@ class EEGNetClassifier:
             order = rng.permutation(len(signal))
             for start in range(0, len(order) - size + 1, size):
                 rows = order[start : start + size]
-                state = step(state, signal[rows], labels[rows])
+                state = step(state, signal[rows], labels[rows], weights[labels[rows]])
             self._model = graph, state[0], state[1]
             chosen = np.log(np.maximum(self.predict_proba(validation[0]), 1e-12))
-            loss = -float(chosen[np.arange(len(chosen)), validation[1]].mean())
+            loss = -float((weights[validation[1]] * chosen[np.arange(len(chosen)), validation[1]]).mean())
             waited += 1
             if loss < best[0]:
                 best, waited = (loss, state[:2]), 0
@@ -169,18 +173,24 @@ class EEGNetClassifier:
         return ((signal_uv - signal_uv.mean(-1, keepdims=True)) / self._scale).astype(np.float32)
 
 
+def _class_weights(labels: Int[np.ndarray, "n"], num_classes: int) -> Float[np.ndarray, "K"]:
+    """Float32; 1 for the most frequent class and for those without windows."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return (counts.max() / np.where(counts, counts, counts.max())).astype(np.float32)
+
+
 def _make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Any:
-    def loss(params: nnx.State, rest: nnx.State, signal: Array, labels: Array) -> tuple[Array, nnx.State]:
+    def loss(params: nnx.State, rest: nnx.State, signal: Array, labels: Array, weights: Array) -> tuple:
         model = nnx.merge(graph, params, rest, copy=True)
         model.train()
         logits = model(signal)
-        value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        value = jnp.mean(weights * optax.softmax_cross_entropy_with_integer_labels(logits, labels))
         return value, nnx.split(model, nnx.Param, ...)[2]
 
     @jax.jit
-    def step(state: tuple, signal: Array, labels: Array) -> tuple:
+    def step(state: tuple, signal: Array, labels: Array, weights: Array) -> tuple:
         params, rest, opt_state = state
-        gradient, rest = jax.grad(loss, has_aux=True)(params, rest, signal, labels)
+        gradient, rest = jax.grad(loss, has_aux=True)(params, rest, signal, labels, weights)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return _limited(optax.apply_updates(params, updates)), rest, opt_state
 

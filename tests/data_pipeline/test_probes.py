@@ -120,3 +120,37 @@ def test_tangent_space_finds_a_rhythm_whatever_the_gain_of_the_amplifier():
     np.testing.assert_allclose(distances[1], distances[0], rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="need more than 90 Hz"):
         riemann.tangent_space_features(signal[train], signal[~train], 80.0)
+
+
+def test_prototypes_do_not_count_how_many_windows_a_class_has():
+    features, labels, subjects = embeddings(shift=0.0)
+    train = (subjects < 6) & ((labels == 0) | (np.arange(len(labels)) % 20 == 1))  # ten of class 0 for one of class 1
+    found = probes.class_prototypes(features[train], labels[train], features[subjects >= 6], 2)
+    truth = labels[subjects >= 6]
+    recall = [float((found.argmax(1) == truth)[truth == k].mean()) for k in (0, 1)]
+    assert min(recall) > 0.65
+    np.testing.assert_allclose(found.sum(1), 1)
+
+
+def test_prototypes_of_one_window_each_are_moved():
+    test = np.array([[0.1, 0.0], [0.9, 1.1]])
+    found = adaptation.adapted_prototypes(
+        np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([0, 1]), test, np.array(["t", "t"]), 2, probes.nearest_neighbours,
+        train_subjects=np.array(["a", "b"]),
+    )  # fmt: skip
+    assert np.isfinite(found).all()
+    assert found.argmax(1).tolist() == [0, 1]
+
+
+def test_a_window_without_power_does_not_end_the_tangent_space():
+    rng = np.random.default_rng(0)
+    train, test = (rng.standard_normal((n, 3, 200)) for n in (12, 5))
+    whole = riemann.tangent_space_features(train, test, 100.0)
+    flat = np.concatenate([train, np.full((1, 3, 200), 7.0)]), np.concatenate([np.zeros((1, 3, 200)), test])
+    found = riemann.tangent_space_features(*flat, 100.0)
+    np.testing.assert_allclose(found[0][:-1], whole[0], atol=1e-9)
+    np.testing.assert_allclose(found[1][1:], whole[1], atol=1e-9)
+    assert not found[0][-1].any()
+    assert not found[1][0].any()
+    with pytest.raises(ValueError, match="no training window has power"):
+        riemann.tangent_space_features(0 * train, test, 100.0)

@@ -1,5 +1,7 @@
 """Protocols without training: nothing of a test subject leaks in, adaptation and few shots gain what they should."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -96,6 +98,15 @@ def test_few_shots_gain_where_subjects_differ():
         scores[method.name.removeprefix("model, linear, ")] = accuracy(data, rows, found)
     assert scores["shots added and centred on"] > scores["shots not used"] + 0.1
     assert scores["shots added and centred on"] > 0.75
+
+
+def test_shots_keep_their_distance_from_the_next_piece_of_the_same_recording():
+    data, _ = problem(shift=0.0)
+    pieces = np.array([f"{name}#{i}" for name, i in zip(data.recordings, np.arange(len(data.labels)), strict=True)])
+    for split in protocols.calibration_splits(replace(data, recordings=pieces), 3):
+        shots = np.intersect1d(split.train, _own(data, split))
+        apart = np.abs(data.times.starts[split.test][:, None] - data.times.starts[shots])
+        assert apart.min() >= 2 * SAMPLES / SFREQ - 1e-9  # a window between them
 
 
 def _own(data, split):

@@ -46,6 +46,16 @@ def test_learns_where_a_rhythm_is_and_keeps_its_constraints():
     assert np.sqrt((classifier**2).sum(0)).max() <= 0.25 + 1e-5
 
 
+def test_a_rare_class_weighs_as_much_as_a_frequent_one():
+    signal, labels = windows(400, 0)
+    rare = (labels == 0) | (np.cumsum(labels == 1) % 10 == 0)
+    config = EEGNetConfig(max_epochs=8, dropout=0.0)
+    network = EEGNetClassifier(2, SFREQ, config).fit(signal[rare], labels[rare], windows(80, 1))
+    test, truth = windows(200, 2)
+    right = network.predict_proba(test).argmax(1) == truth
+    assert min(right[truth == 0].mean(), right[truth == 1].mean()) > 0.6
+
+
 def test_the_seed_decides():
     config = EEGNetConfig(max_epochs=1, batch_size=8)
     found = [EEGNetClassifier(2, SFREQ, config).fit(*windows(16, 0), windows(8, 1)).predict_proba(windows(4, 2)[0])
