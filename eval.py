@@ -20,7 +20,15 @@ import tyro
 
 from configs import scoring
 from configs.outputs import Output, by_recording, channels_of, store_columns, whole_recording_columns
-from configs.protocol_table import folds_of, frozen_rows, given_test, labelled, markdown, pretraining_subjects
+from configs.protocol_table import (
+    folds_of,
+    frozen_rows,
+    given_test,
+    labelled,
+    labelled_rows,
+    markdown,
+    pretraining_subjects,
+)
 from configs.recordings import RecordingSettings, prepare_windows
 from configs.results import check_columns_file, print_predictions, save_columns, save_predictions, save_table
 from configs.scoring import Part
@@ -216,24 +224,30 @@ def run_probe(options: Probe) -> None:
     """Print the table of protocols, write it as JSON where asked."""
     if not options.data:
         raise ValueError("name the labelled window stores to probe the encoder on")
+    if options.resamples < 0:
+        raise ValueError(f"--resamples must be 0 (no intervals) or more, not {options.resamples}")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     stores, tested = ([open_store(path) for path in paths] for paths in (options.data, options.test))
     data = labelled([*stores, *tested])
-    folds = given_test(data, sum(map(len, tested))) if tested else folds_of(data, options.folds)
-    seen = pretraining_subjects(options.model)
+    if unknown := sum(map(len, [*stores, *tested])) - len(data.labels):
+        _say(f"{unknown} windows without a class are left out")
+    folds = given_test(data, len(labelled_rows(tested))) if tested else folds_of(data, options.folds)
+    seen, seen_is_all = pretraining_subjects(options.model)
     rows = frozen_rows(
         data, [*stores, *tested], {"encoder": load(options.model)}, folds, shots=options.shots,
         resamples=options.resamples, say=lambda text: print(text, file=sys.stderr), baselines=options.baselines,
-        seen={"encoder": seen or ()},
+        seen={"encoder": seen},
     )  # fmt: skip
-    if seen is None:
+    if not seen_is_all:
         note = "whether the encoder was pre-trained on these subjects is not known: if it was, its rows know more"
         print(f"eval.py: {note} than they say", file=sys.stderr)
     print(markdown(rows))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         found = {
             "model": str(options.model),
             "data": [str(store.path) for store in stores],
+            "test": [str(store.path) for store in tested],
             "rows": [asdict(row) for row in rows],
         }
         write_json(found | {"splits": [fold.digest for fold in folds]}, options.out)

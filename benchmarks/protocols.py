@@ -221,7 +221,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"versions": package_versions(), "resamples": options.resamples}
     result["encoder"] = {key: encoder.metadata["provenance"].get(key) for key in ("task", "step", "data")}
     result["leak"] = leakage_demo(options.data)
-    seen = {"pre-trained encoder": pretraining_subjects(options.encoder) or set()}
+    seen = {"pre-trained encoder": pretraining_subjects(options.encoder)[0]}
     for dataset in DATA_SETS:
         if dataset.name not in options.only:
             continue

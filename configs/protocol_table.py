@@ -11,14 +11,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.signal import resample_poly
 
+from configs.data import open_windows
 from configs.outputs import store_columns
+from configs.run_directory import CONFIG_FILE, SPLIT_FILE
+from configs.schema import read_yaml
 from data_pipeline.band_power import common_channels, window_features
-from data_pipeline.leakage import Times
+from data_pipeline.leakage import Times, check_content
+from data_pipeline.names import Names
 from data_pipeline.protocols import (
     Knows,
     Labelled,
@@ -39,6 +43,8 @@ from data_pipeline.splits import (
     subject_folds,
 )
 from data_pipeline.store import Store
+from data_pipeline.window_hashes import later_copies
+from lumamba_jax.checkpoint import BEST_DIRECTORY
 from lumamba_jax.eegnet import EEGNetClassifier, EEGNetConfig
 from lumamba_jax.inference import LoadedModel
 from lumamba_jax.metrics import Predictions, evaluate
@@ -46,6 +52,7 @@ from lumamba_jax.metrics import Predictions, evaluate
 EEGNET_SFREQ = 128.0
 SHOWN = ("balanced_accuracy", "auroc")
 LEVELS = ("window", "subject")
+_NOT_FINITE = "some windows are not finite: audit the stores and repair them first"
 _FLOOR = 1e-12  # of a probability whose logarithm is taken
 
 
@@ -64,10 +71,11 @@ class Row:
 
 
 def labelled(stores: Sequence[Store]) -> Labelled:
-    """All windows of `stores` in memory, in their order, at the channels that all their montages have.
+    """All labelled windows of `stores` in memory, in their order, at the channels that all their montages have.
 
-    Raises: ValueError without class labels, without a common channel, for stores of different windows or classes, and
-        for more than the memory of this machine can hold.
+    Classes without names are those that occur. Raises: ValueError without class labels, for fewer than two classes,
+        without a common channel, for stores of different windows or classes, and for more than the memory of this
+        machine can hold.
     """
     for store in stores:
         if store.labels is None or store.labels.ndim != 1 or store.labels.dtype.kind not in "iub":
@@ -80,16 +88,26 @@ def labelled(stores: Sequence[Store]) -> Labelled:
             raise ValueError(f"{store.path} has another rate, window length or other classes than {stores[0].path}")
     channels = shared_channels(stores)
     _require_memory(sum(map(len, stores)) * len(channels) * stores[0].n_times * 4)
-    signal = np.concatenate([_at_channels(store, channels) for store in stores])
-    labels = np.concatenate([np.asarray(store.labels) for store in stores])
-    starts = np.concatenate([np.asarray(store.start_samples) for store in stores])
-    subjects, recordings = (
-        np.concatenate([np.asarray(getattr(store, column)) for store in stores])
-        for column in ("subjects", "recordings")
+    rows = labelled_rows(stores)
+    labels, starts, subjects, recordings = (
+        np.concatenate([np.asarray(getattr(store, column)) for store in stores])[rows]
+        for column in ("labels", "start_samples", "subjects", "recordings")
     )
+    if len(found := np.unique(labels)) < 2:
+        paths = ", ".join(str(store.path) for store in stores)
+        raise ValueError(f"{paths}: {len(rows)} labelled windows of {len(found)} class: there is nothing to tell apart")
+    names = stores[0].class_names
+    if not names:
+        names, labels = [str(label) for label in found], np.searchsorted(found, labels)
+    signal = np.concatenate([_at_channels(store, channels) for store in stores])
+    signal = signal if len(rows) == len(signal) else signal[rows]
     sfreq, n_times = float(stores[0].sfreq), stores[0].n_times
-    names = stores[0].class_names or [str(k) for k in range(int(labels.max()) + 1)]
     return Labelled(signal, labels, subjects, recordings, Times.of_samples(starts, n_times, sfreq), sfreq, names)
+
+
+def labelled_rows(stores: Sequence[Store]) -> np.ndarray:
+    """Numbers `(n,)` of the windows of `stores`, counted through, whose class is known (not negative)."""
+    return np.flatnonzero(np.concatenate([np.asarray(store.labels) for store in stores]) >= 0)
 
 
 def _at_channels(store: Store, channels: Sequence[str]) -> np.ndarray:
@@ -170,19 +188,32 @@ def frozen_rows(
         resamples: of the bootstrap over subjects.
         say: takes a sentence of progress for each method.
         baselines: band power, tangent space and EEGNet too.
-        seen: subjects of the unlabelled windows that each of `models` was pre-trained on (`pretraining_subjects`).
+        seen: subjects of the windows that each of `models` was trained on (`pretraining_subjects`); labels of them are
+            known to a model whose task has some.
+
+    Raises: ValueError for windows that are not finite, that a model or band power cannot use, or that have the same
+        signal in two parts of a fold.
     """
-    channels = shared_channels(stores)
-    power = np.concatenate([window_features(store, np.arange(len(store)), channels) for store in stores])
-    methods = baseline_methods(data, power, eegnet) if baselines else []
-    features: dict[str, np.ndarray] = {"band power": power} if baselines else {}
-    knows: dict[str, Literal["nothing", "pre-training windows"]] = {"band power": "nothing"}
+    kept, hashes = labelled_rows(stores), np.concatenate([store.content_hashes() for store in stores])
+    hashes = hashes[kept]
+    refuse_copies(data, hashes, folds)
+    methods: list[Method] = []
+    features: dict[str, np.ndarray] = {}
+    knows: dict[str, Knows] = {"band power": "nothing"}
+    if baselines:
+        channels = shared_channels(stores)
+        power = np.concatenate([window_features(store, np.arange(len(store)), channels) for store in stores])[kept]
+        if not np.isfinite(power).all():
+            raise ValueError(_NOT_FINITE)
+        features["band power"] = power
+        methods += baseline_methods(data, power, eegnet)
     for name, model in models.items():
-        own = features[name] = store_columns(model, stores, "embedding")["embeddings"]
+        own = features[name] = store_columns(model, stores, "embedding")["embeddings"][kept]
         if not np.isfinite(own).all():
-            raise ValueError("some windows are not finite: audit the stores and repair them first")
+            raise ValueError(_NOT_FINITE)
         known = set((seen or {}).get(name, ())) & set(np.unique(data.subjects).tolist())
-        knows[name] = "pre-training windows" if known else "nothing"
+        supervised = model.task.get("kind", "pretrain") != "pretrain"
+        knows[name] = "nothing" if not known else "labelled windows" if supervised else "pre-training windows"
         methods += embedding_methods(data, own, name=name, knows=knows[name])
     if trains_on_tested(data, folds):  # then no method is without labels of a test subject
         methods = [replace(method, knows="labelled windows") for method in methods]
@@ -191,6 +222,7 @@ def frozen_rows(
         return rows
     try:
         splits = calibration_splits(data, shots)
+        refuse_copies(data, hashes, splits)
     except ValueError as error:
         return [*rows, Row("few-shot calibration", "labelled windows", because=str(error))]
     for name, own in features.items():
@@ -199,17 +231,39 @@ def frozen_rows(
     return rows
 
 
-def pretraining_subjects(run: Path) -> set[str] | None:
-    """Subjects that a run trained or validated on, None where `run` is no training run.
+def refuse_copies(data: Labelled, hashes: np.ndarray, folds: Sequence[Split]) -> None:
+    """Raise ValueError when two parts of a fold hold the same signal, as `leakage.check_content` says it."""
+    if later_copies(hashes).any():
+        subjects, recordings = Names.of(data.subjects), Names.of(data.recordings)
+        for fold in folds:
+            check_content(fold.parts, hashes, subjects, recordings)
 
-    A name such as `corpus/subject` counts as `subject` too: joined stores prefix their subjects.
+
+def pretraining_subjects(run: Path) -> tuple[set[str], bool]:
+    """Subjects that a run, and the runs its weights come from, trained or validated on; whether that is all of them.
+
+    It is not where weights come from something else than a run, or where the split does not list subjects and the
+    stores of the run are gone. A name such as `corpus/subject` counts as `subject` too: joined stores prefix them.
     """
-    path = run / "split.json"
-    if not path.is_file():
-        return None
-    lists = json.loads(path.read_text())
-    names = {name for part in ("train", "val", "validation") for name in lists.get(part, ())}
-    return names | {name.rpartition("/")[2] for name in names}
+    run = run.parent if run.name == BEST_DIRECTORY else run
+    if not (run / SPLIT_FILE).is_file() or not (run / CONFIG_FILE).is_file():
+        return set(), False
+    config, lists = read_yaml(run / CONFIG_FILE), json.loads((run / SPLIT_FILE).read_text())
+    listed = lists.get("unit") == "subject"
+    names = {name for part in ("train", "val") for name in lists[part]} if listed else set()
+    if not listed or config.data.validation:
+        try:
+            windows = open_windows(config.data, labelled=False)
+            used = np.concatenate([windows.parts["train"], windows.parts["validation"]])
+            names |= set(windows.subjects.unique(used).tolist())
+            listed = True
+        except (ValueError, OSError):
+            listed = False
+    names |= {name.rpartition("/")[2] for name in names}
+    earlier, all_of_them = set(), True
+    if config.trainer.init_from:
+        earlier, all_of_them = pretraining_subjects(Path(config.trainer.init_from))
+    return names | earlier, listed and all_of_them
 
 
 def eegnet(data: Labelled, signal: np.ndarray, split: Split) -> np.ndarray:

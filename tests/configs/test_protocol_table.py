@@ -4,23 +4,33 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import protocol_table
+from configs.schema import ExperimentConfig, from_mapping, write_yaml
 from data_pipeline.montages import montage_of
 from data_pipeline.store import StoreInfo, WindowStore, create_store
+from lumamba_jax.architectures import build
+from lumamba_jax.checkpoint import save_pretrained
+from lumamba_jax.inference import load
+from lumamba_jax.lumamba import LuMambaConfig
 
 SFREQ, SAMPLES = 100, 100
 
 
-def store_of(path, subjects, names, *, classes=("a", "b"), first=0):
-    """Six contiguous windows of each subject, from the window number `first` of its recording on."""
-    rng = np.random.default_rng(0)
-    with create_store(path, StoreInfo(SFREQ, SAMPLES, SAMPLES / SFREQ, class_names=list(classes))) as writer:
+def store_of(path, subjects, names, *, classes=("a", "b"), first=0, labels=(0, 1) * 3, same=None):
+    """Six contiguous windows of each subject, from the window number `first` of its recording on.
+
+    `same`: subject -> another one, before it, whose signal it has. Windows differ by `first`.
+    """
+    rng, signals = np.random.default_rng(first), {}
+    info = StoreInfo(SFREQ, SAMPLES, SAMPLES / SFREQ, class_names=classes and list(classes))
+    with create_store(path, info) as writer:
         for number, subject in enumerate(subjects):
             signal = rng.normal(0, 20, (6, len(names), SAMPLES)).astype(np.float32)
-            labels = np.arange(6) % 2
+            signal = signals[subject] = signals.get((same or {}).get(subject), signal)
             who = {"subject": subject, "recording": subject, "start_samples": (first + np.arange(6)) * SAMPLES}
-            writer.add(f"g{number}", signal, montage_of(names), labels=labels, **who)
+            writer.add(f"g{number}", signal, montage_of(names), labels=np.array(labels), **who)
     return WindowStore(path)
 
 
@@ -62,8 +72,72 @@ def test_a_test_part_of_other_trials_is_a_fold_whose_rows_know_labels_of_the_sub
         protocol_table.given_test(protocol_table.labelled([train, touching]), len(touching))
 
 
-def test_what_an_encoder_has_seen_is_read_from_its_run(tmp_path):
-    assert protocol_table.pretraining_subjects(tmp_path) is None
+def test_windows_without_a_class_are_no_class(tmp_path):
+    names = ["C3", "C4"]
+    store = store_of(tmp_path / "1.h5", ["s1", "s2", "s3"], names, classes=None, labels=[-1, 1, 2, 1, 2, -1])
+    data = protocol_table.labelled([store])
+    assert (list(data.class_names), data.labels.tolist()) == (["1", "2"], [0, 1, 0, 1] * 3)
+    kept = protocol_table.labelled_rows([store])
+    np.testing.assert_array_equal(data.signal_uv, store.read(kept))
+    np.testing.assert_array_equal(data.times.starts, kept % 6 * SAMPLES / SFREQ)
+    rows = protocol_table.frozen_rows(
+        data, [store], {}, protocol_table.folds_of(data, 3), shots=None, resamples=0, say=lambda _: None
+    )
+    assert rows[0].windows == 12
+    with pytest.raises(ValueError, match="nothing to tell apart"):
+        protocol_table.labelled([store_of(tmp_path / "2.h5", ["s1", "s2"], names, labels=[1] * 6)])
+
+
+def test_a_recording_under_two_names_is_refused(tmp_path):
+    subjects = ["s1", "s2", "s3", "s4"]
+    store = store_of(tmp_path / "1.h5", subjects, ["C3", "C4"], same={"s4": "s1"})
+    data = protocol_table.labelled([store])
+    folds = protocol_table.folds_of(data, None)
+    with pytest.raises(ValueError, match=r"leakage.*same signal"):
+        protocol_table.frozen_rows(data, [store], {}, folds, shots=None, resamples=0, say=lambda _: None)
+
+
+def run_of(path, split, **sections):
+    path.mkdir()
+    write_yaml(from_mapping(sections, ExperimentConfig()), path / "config.yaml")
+    (path / "split.json").write_text(json.dumps(split))
+    return path
+
+
+def test_what_an_encoder_has_seen_is_read_from_its_runs(tmp_path):
+    assert protocol_table.pretraining_subjects(tmp_path) == (set(), False)
     lists = {"unit": "subject", "train": ["eegmat/Subject03"], "val": ["own"], "test": ["unseen"]}
-    (tmp_path / "split.json").write_text(json.dumps(lists))
-    assert protocol_table.pretraining_subjects(tmp_path) == {"eegmat/Subject03", "Subject03", "own"}
+    first = run_of(tmp_path / "first", lists)
+    assert protocol_table.pretraining_subjects(first) == ({"eegmat/Subject03", "Subject03", "own"}, True)
+    lists = {"unit": "subject", "train": ["later"], "val": [], "test": []}
+    second = run_of(tmp_path / "second", lists, trainer={"init_from": str(first / "best")})
+    found = protocol_table.pretraining_subjects(second / "best")
+    assert found == ({"eegmat/Subject03", "Subject03", "own", "later"}, True)
+    third = run_of(tmp_path / "third", lists, trainer={"init_from": str(tmp_path / "published.safetensors")})
+    assert protocol_table.pretraining_subjects(third) == ({"later"}, False)
+
+
+def test_what_a_division_in_time_has_seen_is_read_from_its_stores(tmp_path):
+    store = store_of(tmp_path / "1.h5", ["s1", "s2"], ["C3", "C4"])
+    rows = {"unit": "time", "num_windows": 12, "train": [0, 1, 6], "val": [4], "test": []}
+    run = run_of(tmp_path / "run", rows, data={"train": [str(store.path)], "split_unit": "time"})
+    assert protocol_table.pretraining_subjects(run) == ({"s1", "s2"}, True)
+    (tmp_path / "1.h5").unlink()
+    assert protocol_table.pretraining_subjects(run) == (set(), False)
+
+
+def test_an_encoder_that_was_given_labels_of_test_subjects_knows_labels(tmp_path):
+    store = store_of(tmp_path / "1.h5", ["s1", "s2", "s3"], ["C3", "C4"])
+    data = protocol_table.labelled([store])
+    config = LuMambaConfig(patch_size=20, embed_dim=16, num_queries=2, num_blocks=1)
+    folds = protocol_table.folds_of(data, 3)
+    how = {"shots": None, "resamples": 0, "say": lambda _: None, "baselines": False}
+    for kind, seen, knows in (
+        ("classify", {"s2"}, {"labelled windows"}),
+        ("pretrain", {"s2"}, {"pre-training windows", "unlabelled windows"}),
+        ("classify", {"other"}, {"nothing", "unlabelled windows"}),
+    ):
+        save_pretrained(tmp_path / kind, config, nnx.split(build(config, seed=0))[1], {"task": {"kind": kind}})
+        model = {"model": load(tmp_path / kind)}
+        rows = protocol_table.frozen_rows(data, [store], model, folds, seen={"model": seen}, **how)
+        assert {row.knows for row in rows} == knows
