@@ -1,4 +1,4 @@
-"""HDF5's library runs for ever on some damaged heaps of texts: those are looked at before it reads an attribute.
+"""HDF5's library runs for ever, or crashes, on some damaged texts: they are looked at before it reads an attribute.
 
 Texts of any length lie in "global heaps", named by address. Layout: HDF5 File Format Specification 3.0, III.E (global
 heap) and IV.A (object headers, messages 0x000C attribute and 0x0010 continuation). Only what h5py writes by default is
@@ -21,7 +21,7 @@ class TextHeaps:
     """The heaps of one file. descriptor: of the file, open for reading while `check` is used."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self._descriptor, self._size = descriptor, os.fstat(descriptor).st_size
         self._sound: set[int] = set()  # addresses
 
     def check(self, thing: h5py.File | h5py.Group) -> None:
@@ -30,6 +30,8 @@ class TextHeaps:
         for content in _values(self._descriptor, base, base + h5o.get_info(thing.id).addr):
             for at in range(0, len(content) - 15, 16):  # per text: length, address of its heap, number in it
                 length, heap, _ = struct.unpack_from("<IQI", content, at)
+                if length > self._size:  # the library asks for so much memory before it looks
+                    raise ValueError("a text is longer than the file")
                 if length and heap not in self._sound:
                     _check_heap(self._descriptor, base + heap)
                     self._sound.add(heap)
@@ -59,7 +61,10 @@ def _values(descriptor: int, base: int, address: int) -> list[bytes]:
 
 
 def _value(message: bytes) -> bytes:
-    """Value of an attribute message, b"" for one that is not of variable length."""
+    """Value of an attribute message, b"" for one that is not of variable length.
+
+    Raises ValueError for a type of variable length that does not exist.
+    """
     if len(message) < 9:
         return b""
     version, flags, *sizes = struct.unpack_from("<BBHHH", message)
@@ -69,6 +74,10 @@ def _value(message: bytes) -> bytes:
     start = (9 if version == 3 else 8) + name
     if start >= len(message) or message[start] & 0x0F != _VARIABLE_LENGTH:
         return b""
+    what = int.from_bytes(message[start + 1 : start + 4], "little")  # a sequence, or a text with padding and alphabet
+    kind, padding, alphabet = what & 0xF, what >> 4 & 0xF, what >> 8 & 0xF
+    if kind > 1 or (kind == 1 and (padding > 2 or alphabet > 1)):
+        raise ValueError("an attribute has a type that does not exist")
     return message[start + datatype + dataspace :]
 
 

@@ -43,7 +43,7 @@ def read_annotations(path: Path) -> list[Event]:
 
 def samples(event: Event, sfreq: float, n_times: int) -> slice:
     """The samples an event covers: round(seconds x rate), clipped to the recording."""
-    start, stop = (int(np.clip(round(seconds * sfreq), 0, n_times)) for seconds in (event.start, event.stop))
+    start, stop = (int(np.clip(np.round(seconds * sfreq), 0, n_times)) for seconds in (event.start, event.stop))
     return slice(start, stop)
 
 

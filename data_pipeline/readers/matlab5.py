@@ -125,8 +125,9 @@ class _Reader:
                 if element.kind not in _NUMBERS or element.stop - element.start != count * _BYTES[element.kind]:
                     raise ValueError(f"not the {count} numbers that a matrix at byte {at} should hold")
                 at = element.after
-        elif kind in (_CHAR, _SPARSE):
-            self.check_elements(at, end, depth)
+        elif kind in (_CHAR, _SPARSE):  # letters; or rows, columns and numbers
+            for _ in range(1 if kind == _CHAR else 2 + parts):
+                at = self.element(at, end).after
         elif kind in (_CELL, _STRUCT, _OBJECT):
             if kind == _OBJECT:
                 at = self.element(at, end).after

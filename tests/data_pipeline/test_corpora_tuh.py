@@ -15,7 +15,7 @@ from data_pipeline.corpora.siena import Siena
 from data_pipeline.corpora.tuab import Tuab
 from data_pipeline.corpora.tuar import Tuar
 from data_pipeline.corpora.tueg import Tueg
-from data_pipeline.corpora.tuh_annotations import Event, read_annotations
+from data_pipeline.corpora.tuh_annotations import Event, read_annotations, samples
 from data_pipeline.corpora.tusl import Tusl
 from data_pipeline.formats import open_stores
 from data_pipeline.montages import named_montage
@@ -465,6 +465,10 @@ def test_siena_order_rates_and_files(tmp_path):
     expected = filtered_by_mne(raw / "PN01" / "PN01-1.edf", SIENA, notch=50)
     rows = np.flatnonzero(store.subjects == "PN01")
     np.testing.assert_allclose(store[rows[1]]["signal"], expected[:, 1280:2560], rtol=0, atol=1e-4)
+
+
+def test_an_annotation_without_end_reaches_to_the_end():
+    assert samples(Event(1.0, 1e308, "seiz"), 256.0, 1000) == slice(256, 1000)
 
 
 def test_annotation_formats(tmp_path):

@@ -320,6 +320,16 @@ def test_every_kind_of_matlab_variable_passes_the_check(tmp_path):
         check_matlab5(tmp_path / "x.mat")
 
 
+def test_a_matlab_text_whose_letters_are_its_name_is_refused(tmp_path):
+    scipy.io.savemat(tmp_path / "x.mat", {"s": {"label": "trials"}})
+    whole = bytearray((tmp_path / "x.mat").read_bytes())
+    letters = whole.index(b"trials") - 8  # the tag of the letters; before it the name, which is empty
+    whole[letters - 4 : letters] = (16).to_bytes(4, "little")
+    (tmp_path / "x.mat").write_bytes(whole)
+    with pytest.raises(ValueError, match="an element lacks"):
+        check_matlab5(tmp_path / "x.mat")
+
+
 def test_errors_of_mne_do_not_say_where_the_file_lies(tmp_path):
     for name, folder in {"a": tmp_path / "one", "b": tmp_path / "two" / "three"}.items():
         folder.mkdir(parents=True)

@@ -240,3 +240,16 @@ def test_a_damaged_heap_of_texts_is_refused_and_does_not_hang_the_library(tmp_pa
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"w\.h5 cannot be read as a window store.*texts are damaged"):
             WindowStore(path)
+
+
+@pytest.mark.parametrize(("place", "value", "message"), [(1, 0xFB, "does not exist"), (35, 0x40, "longer than the file")])
+def test_a_text_that_would_crash_the_library_or_take_all_memory_is_refused(tmp_path, place, value, message):
+    path = tmp_path / "w.h5"
+    write(path)
+    whole = bytearray(path.read_bytes())
+    text = whole.index(b"schema_version\0\0") + 16  # its datatype of 24 bytes, dataspace of 8, then its length
+    assert whole[text : text + 2] == b"\x19\x01"
+    whole[text + place] = value
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=rf"w\.h5 cannot be read as a window store.*{message}"):
+        WindowStore(path)
