@@ -242,7 +242,9 @@ def test_a_damaged_heap_of_texts_is_refused_and_does_not_hang_the_library(tmp_pa
             WindowStore(path)
 
 
-@pytest.mark.parametrize(("place", "value", "message"), [(1, 0xFB, "does not exist"), (35, 0x40, "longer than the file")])
+@pytest.mark.parametrize(
+    ("place", "value", "message"), [(1, 0xFB, "does not exist"), (35, 0x40, "longer than the file")]
+)
 def test_a_text_that_would_crash_the_library_or_take_all_memory_is_refused(tmp_path, place, value, message):
     path = tmp_path / "w.h5"
     write(path)
