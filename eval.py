@@ -9,6 +9,7 @@ python eval.py embed CHECKPOINT recording.edf --out embeddings.h5          # --w
 python eval.py probe CHECKPOINT labelled.h5 --folds 5         # frozen encoder and baselines, by subject
 """
 
+import io
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,14 @@ import numpy as np
 import tyro
 
 from configs import scoring
-from configs.outputs import Output, by_recording, channels_of, store_columns, whole_recording_columns
+from configs.outputs import (
+    Output,
+    by_recording,
+    channels_of,
+    shown_when_long,
+    store_columns,
+    whole_recording_columns,
+)
 from configs.protocol_table import (
     folds_of,
     frozen_rows,
@@ -30,13 +38,20 @@ from configs.protocol_table import (
     pretraining_subjects,
 )
 from configs.recordings import RecordingSettings, prepare_windows
-from configs.results import check_columns_file, print_predictions, save_columns, save_predictions, save_table
+from configs.results import (
+    check_output,
+    is_input,
+    print_predictions,
+    save_columns,
+    save_predictions,
+    save_table,
+)
 from configs.scoring import Part
 from configs.task_sheet import find_task
 from data_pipeline.formats import is_store, open_store
 from lumamba_jax import metrics, report
 from lumamba_jax.compilation import enable_compilation_cache, use_cpu_cores
-from lumamba_jax.inference import LoadedModel, load
+from lumamba_jax.inference import LoadedModel, evaluation, load
 from lumamba_jax.run_log import write_json
 
 _PLAIN_NAMES = tyro.conf.arg(name="", help="how recordings become windows")
@@ -56,7 +71,7 @@ class Metrics:
     """of the task sheet (python -m configs.task_sheet): published numbers beside ours; default: as the run records"""
     out: Path | None = None
     """JSON file for all scores, with a page (.html) and predictions (.npz) beside it; default: metrics_PART.json in the
-    run, or metrics_PART_of_N_runs.json beside the first of several"""
+    run (with --data metrics_of_STORE.json), or metrics_PART_of_N_runs.json beside the first of several"""
     batch_size: int = 64
     """windows per forward pass"""
     resamples: int = 1000
@@ -77,7 +92,7 @@ class Predict:
     """a window store, a recording, or a folder of recordings"""
     out: Path
     """.csv (a row per window, a column per class), .npz or .h5: predictions (n, K), or (n, C, K) with classes for each
-    channel, window_id, subject, recording, montage, start_sample, and labels if there are"""
+    channel, window_id, subject, recording, montage, start_sample (at the model's rate), start_seconds, labels if any"""
     batch_size: int = 64
     """windows per forward pass; it changes no number on a CPU"""
     recordings: Annotated[RecordingSettings, _PLAIN_NAMES] = field(default_factory=RecordingSettings)
@@ -92,7 +107,8 @@ class Embed:
     source: Annotated[Path, tyro.conf.Positional]
     """a window store, a recording, or a folder of recordings"""
     out: Path
-    """.npz or .h5: embeddings (n, M), window_id, subject, recording, montage, start_sample, and labels if there are"""
+    """.npz or .h5: embeddings (n, M), window_id, subject, recording, montage, start_sample (at the model's rate),
+    start_seconds, and labels if there are"""
     batch_size: int = 64
     """windows per forward pass; it changes no number on a CPU"""
     recordings: Annotated[RecordingSettings, _PLAIN_NAMES] = field(default_factory=RecordingSettings)
@@ -128,17 +144,23 @@ def run_metrics(options: Metrics) -> None:
         raise ValueError("name at least one fine-tuning run: eval.py metrics RUN")
     if options.task:
         find_task(options.task)  # a typo is refused before the work is done
+    if options.resamples < 0:
+        raise ValueError(f"--resamples must be 0 (no intervals) or more, not {options.resamples}")
+    out = options.out or _default_out(options)
+    check_output(out, (".json",))
+    for suffix in (".npz", ".html"):
+        check_output(out.with_suffix(suffix), (suffix,))
     how = {"data": options.data, "part": options.part, "batch_size": options.batch_size, "resamples": options.resamples}
     runs = [scoring.score_model(path, **how, task=options.task) for path in options.models]
     notes, task = scoring.notes_on(runs), scoring.task_of(runs, options.task)
     comparison = None if task is None else scoring.compare(task, runs)
-    out = options.out or _default_out(runs)
     print(*(f"note: {note}" for note in notes), sep="\n", end="\n" if notes else "")
     for run in runs:
         print(f"{run.path}, {run.part} windows\n{metrics.format_table(run.report)}\n")
     if len(runs) > 1:
         print(f"windows, {len(runs)} runs\n{scoring.format_runs(runs)}\n")
-    baseline = scoring.band_power_scores(runs[0]) if options.baseline else None
+    with shown_when_long("band power baseline"):
+        baseline = scoring.band_power_scores(runs[0]) if options.baseline else None
     if baseline:
         print("band power baseline (windows): " + ", ".join(f"{name} {value:.3f}" for name, value in baseline.items()))
     if comparison is not None:
@@ -146,14 +168,18 @@ def run_metrics(options: Metrics) -> None:
     result = scoring.result_of(runs, comparison, baseline, notes)
     written = _write_scores(runs, result, out)
     if options.page:
-        written.append(report.write_report(scoring.page_of(runs, comparison, baseline), out.with_suffix(".html")))
+        written.append(
+            report.write_report(scoring.page_of(runs, comparison, baseline, notes), out.with_suffix(".html"))
+        )
     print(", ".join(map(str, written)))
 
 
-def _default_out(runs: list[scoring.Scored]) -> Path:
-    path, part = runs[0].path, runs[0].part
-    several = path.absolute().parent / f"metrics_{part}_of_{len(runs)}_runs.json"
-    return several if len(runs) > 1 else path / f"metrics_{part}.json"
+def _default_out(options: Metrics) -> Path:
+    """Other stores than the run's own have files of their own: its test scores stay."""
+    name = "_".join(["of", *(path.stem for path in options.data)]) if options.data else options.part
+    path, count = options.models[0], len(options.models)
+    several = path.absolute().parent / f"metrics_{name}_of_{count}_runs.json"
+    return several if count > 1 else path / f"metrics_{name}.json"
 
 
 def _write_scores(runs: list[scoring.Scored], result: dict, out: Path) -> list[Path]:
@@ -171,9 +197,11 @@ def _write_scores(runs: list[scoring.Scored], result: dict, out: Path) -> list[P
 def run_predict(options: Predict) -> None:
     """Predict every window of a store, or of recordings that are prepared into a temporary store first."""
     as_table = options.out.suffix == ".csv"
-    if not as_table:
-        check_columns_file(options.out)
+    check_output(options.out, (".csv", ".npz", ".h5"))
+    if is_input(options.out, options.source):
+        raise ValueError(f"{options.out} is to be read: it would be lost, choose another output")
     model = load(options.model)
+    evaluation(model, "prediction")  # refuses a model without predictions before recordings are prepared
     columns, channels = _columns(model, options, "prediction")
     if as_table:
         save_table(options.out, columns, model.class_names, channels)
@@ -185,7 +213,9 @@ def run_predict(options: Predict) -> None:
 
 def run_embed(options: Embed) -> None:
     """Embed every window of a store, or of recordings that are prepared into a temporary store first."""
-    check_columns_file(options.out)
+    check_output(options.out, (".npz", ".h5"))
+    if is_input(options.out, options.source):
+        raise ValueError(f"{options.out} is to be read: it would be lost, choose another output")
     model = load(options.model)
     if options.whole:
         if is_store(options.source):
@@ -254,7 +284,10 @@ def run_probe(options: Probe) -> None:
 
 
 def main() -> int:
-    """Exit status 0, or 2 for bad input (one sentence)."""
+    """Exit status 0, 2 for bad input (one sentence), 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     enable_compilation_cache()
     use_cpu_cores()
     commands = {"metrics": Metrics, "predict": Predict, "embed": Embed, "probe": Probe}
@@ -262,10 +295,19 @@ def main() -> int:
     options = tyro.extras.subcommand_cli_from_dict(commands, prog="eval.py", description=__doc__)
     try:
         runs[type(options)](options)
-    except (ValueError, OSError) as error:
-        print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"eval.py: {_sentence(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("eval.py: interrupted; no file is half-written, run the same command again", file=sys.stderr)
+        return 130
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

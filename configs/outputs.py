@@ -1,25 +1,62 @@
 """Every window of stores, recordings or folders through a loaded model -> columns to save or show."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from configs.data import loader_patch
-from configs.recordings import RecordingSettings, check_channels, recording_config
+from configs.recordings import RecordingSettings, check_channels, recording_config, say_of_recordings
+from data_pipeline.file_results import name_inside
 from data_pipeline.loader import Batches, LoaderConfig, make_dataset
 from data_pipeline.preprocess import preprocess
-from data_pipeline.readers import read_recording
+from data_pipeline.readers import read_recording, why_not_a_recording
 from data_pipeline.store import Store
 from lumamba_jax.architectures import ModelConfig
 from lumamba_jax.femba import FembaConfig
 from lumamba_jax.inference import LoadedModel, bucket_size, embed_recording, run_batches, whole_blocks
 
+Item = TypeVar("Item")
 Output = Literal["embedding", "prediction"]
 COLUMN = {"embedding": "embeddings", "prediction": "predictions"}
 MOST_SIZES = 4
 """More channel counts than these are padded to the next of 1, 2, 3, 4, 6, 8, 12, ...; each is one compiled program."""
+_QUICK_SECONDS = 3.0  # what takes no longer shows no progress
+
+
+@contextlib.contextmanager
+def shown_when_long(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """A progress bar with the time left on stderr, once the block has taken some seconds; call what it gives per step.
+
+    Without `total` it only shows that work goes on.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (*columns, TextColumn("left"), TimeRemainingColumn()) if total is not None else (columns[0], columns[3])
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task(what, total=total)
+    timer = threading.Timer(_QUICK_SECONDS, progress.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda: progress.advance(task)
+    finally:
+        timer.cancel()
+        timer.join()
+        if progress.live.is_started:
+            progress.stop()
+
+
+def counted(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """The same items, with the progress through them (`shown_when_long`)."""
+    with shown_when_long(what, total) as advance:
+        for item in items:
+            yield item
+            advance()
 
 
 def store_columns(
@@ -30,7 +67,8 @@ def store_columns(
     Windows of any montages and lengths share the batches (`evaluation_batches`). A window that is not finite has NaN.
 
     Returns: `embeddings` (n, M) or `predictions` (n, K) float32, (n, C, K) of a model with classes for each channel;
-        `window_id`, `subject`, `recording`, `montage`, `start_sample` and, where all stores have them, `label` (n,).
+        `window_id`, `subject`, `recording`, `montage`, `start_sample` (at the rate of the store), `start_seconds` and,
+        where all stores have them, `label` (n,).
     Raises: ValueError, one sentence, when a store does not fit the model.
     """
     for store in stores:
@@ -38,12 +76,14 @@ def store_columns(
         for name, montage in store.montages.items():
             check_channels(model, montage.ch_names, f"{store.path}, montage {name},")
     found: dict[str, np.ndarray] = {"window_id": np.arange(sum(map(len, stores)))}
-    ids, values = run_batches(model, evaluation_batches(model, stores, batch_size=batch_size), output)
+    batches = evaluation_batches(model, stores, batch_size=batch_size)
+    ids, values = run_batches(model, counted(batches, len(batches), f"{COLUMN[output]}, batches"), output)
     found[COLUMN[output]] = np.full((len(found["window_id"]), *values.shape[1:]), np.nan, np.float32)
     found[COLUMN[output]][ids] = values
     columns = ("subjects", "recordings", "montage_names", "start_samples")
     for name, column in zip(("subject", "recording", "montage", "start_sample"), columns, strict=True):
         found[name] = np.concatenate([np.asarray(getattr(store, column)) for store in stores])
+    found["start_seconds"] = np.concatenate([np.asarray(store.start_samples) / store.sfreq for store in stores])
     labels = [store.labels for store in stores if store.labels is not None]
     if len(labels) == len(stores) and len({own.shape[1:] for own in labels}) == 1:
         found["label"] = np.concatenate(labels)
@@ -95,26 +135,32 @@ def whole_recording_columns(
 ) -> dict[str, np.ndarray]:
     """The embedding of every recording of `source` (a file or a folder) as one long window, in bounded memory.
 
-    A recording that cannot be used is said and left out, and how they are prepared is said.
+    A recording that cannot be used is said and left out, and how they are prepared is said. Files that are no
+    recordings, or belong to another, are passed over, as hidden ones.
 
-    Returns: `embeddings` (n, M), `recording`, `montage` (n,), `seconds` (n,).
+    Returns: `embeddings` (n, M), `recording` (the path below `source`), `montage` (n,), `seconds` (n,).
     Raises: ValueError when none is left, or for an architecture that needs windows (`embed_recording`).
     """
-    paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    folder = source if source.is_dir() else source.parent
     settings = recording_config(source, Path("unused.h5"), model, asked, say, cut=False).preprocess_config()
     rows: list[tuple[np.ndarray, str, str, float]] = []
-    for path in paths:
+    remarks: dict[str, list[str]] = {}
+    paths = _recordings_below(source) if source.is_dir() else [source]
+    for path in counted(paths, len(paths), "embeddings, recordings"):
+        name = name_inside(folder, path)
         try:
             recording, montage = preprocess(read_recording(path), settings)
-        except ValueError as error:
-            say(f"{path}: left out, {' '.join(str(error).split())}")
+        except (ValueError, OSError) as error:
+            remarks[name] = [f"left out, {str(error).removeprefix(f'{path.name}: ')}"]
             continue
         count = recording.signal_uv.shape[1] // model.config.patch_size * model.config.patch_size
         if not count:
-            say(f"{path}: left out, shorter than one patch of {model.config.patch_size} samples")
+            remarks[name] = [f"left out, shorter than one patch of {model.config.patch_size} samples"]
             continue
+        remarks[name] = list(recording.notes)
         latent = embed_recording(model, recording.signal_uv[:, :count], montage.locations)
-        rows.append((latent, path.name, montage.name, count / recording.sfreq))
+        rows.append((latent, name, montage.name, count / recording.sfreq))
+    say_of_recordings(remarks, say)
     if not rows:
         raise ValueError(f"no recording of {source} can be embedded")
     embeddings, names, montages, seconds = zip(*rows, strict=True)
@@ -124,6 +170,22 @@ def whole_recording_columns(
         "montage": np.array(montages),
         "seconds": np.array(seconds),
     }
+
+
+def _recordings_below(folder: Path) -> list[Path]:
+    """The files of a folder that are recordings, sorted; what cannot be opened is one, to be named when it is read."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file():
+            continue
+        try:
+            is_recording = not why_not_a_recording(path)
+        except OSError:
+            is_recording = True
+        if is_recording:
+            found.append(path)
+    return found
 
 
 def by_recording(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

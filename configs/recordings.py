@@ -1,10 +1,11 @@
 """Recordings prepared for a model as its training windows were: rate, length, montage, filters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipeline.file_results import one_line
 from data_pipeline.montages import CHANNEL_ORDERS, find_name, split_pair
 from data_pipeline.prepare import PrepareConfig, prepare
 from lumamba_jax.architectures import ModelConfig
@@ -13,6 +14,7 @@ from lumamba_jax.inference import LoadedModel
 
 PUBLISHED_RATE, PUBLISHED_SECONDS = 256.0, 5.0
 """Of the published models, which do not record what they were trained on."""
+_FEW = 3  # names in a line
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,28 @@ def prepare_windows(
 ) -> dict:
     """Cut a recording, or a folder of recordings, into windows for `model`; the manifest.
 
-    What the windows are like is said in one line. Raises ValueError, one sentence, when they would not fit the model
-    or nothing can be used.
+    What the windows are like is said in one line, then what `say_of_recordings` does of what was left out and why, and
+    of what the chain noted. Raises ValueError, one sentence, when they would not fit the model or nothing can be used.
     """
-    return prepare(recording_config(source, out, model, asked, say))
+    manifest = prepare(recording_config(source, out, model, asked, say))
+    remarks = {}
+    for name, entry in manifest["files"].items():
+        lost = [f"{count} windows left out, {why}" for why, count in entry.get("rejected_windows", {}).items()]
+        reason = [f"left out, {entry['reason']}"] if entry["status"] == "rejected" else lost
+        remarks[name] = [*reason, *entry.get("notes", ())]
+    say_of_recordings(remarks, say)
+    return manifest
+
+
+def say_of_recordings(remarks: Mapping[str, Sequence[str]], say: Callable[[str], None]) -> None:
+    """One line for each remark, with the names of the recordings that it is about, three of them at most."""
+    about: dict[str, list[str]] = {}
+    for name, own in remarks.items():
+        for remark in own:
+            about.setdefault(one_line(remark), []).append(name)
+    for remark, names in about.items():
+        more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+        say(f"{', '.join(names[:_FEW])}{more}: {remark}")
 
 
 def recording_config(
@@ -71,9 +91,8 @@ def recording_config(
     for name in ("montage", "reference", "l_freq", "h_freq", "notch"):
         given = getattr(asked, name)
         chain[name] = _own_kind(name, stated.get(name, getattr(usual, name)) if given is None else given)
-    folder, include = (source, ()) if source.is_dir() else (source.parent, (source.name,))
     seconds = trained_seconds(model) if asked.window is None else asked.window
-    config = PrepareConfig(folder, out, include=include, sfreq=sfreq, window=seconds, stride=asked.stride, **chain)
+    config = PrepareConfig(source, out, sfreq=sfreq, window=seconds, stride=asked.stride, **chain)
     config.checked()
     if cut:
         model.config.num_patches(config.n_times)  # refuses a length that does not fit

@@ -3,7 +3,8 @@
 import csv
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from rich.table import Table
 from configs.data import Windows
 from configs.task_sheet import TASKS
 from data_pipeline import band_power
+from data_pipeline.formats import is_store
+from data_pipeline.readers import why_not_a_recording
 from lumamba_jax import metrics
 from lumamba_jax.training import Evaluation
 
@@ -65,9 +68,40 @@ def save_predictions(path: Path, predictions: metrics.Predictions, class_names: 
 
 
 def check_columns_file(path: Path) -> None:
-    """Refuse a name that `save_columns` cannot write, before the work is done."""
-    if path.suffix not in (".npz", ".h5"):
-        raise ValueError(f"the output must end in .npz or .h5, not {path.name!r}")
+    """Refuse a name that `save_columns` cannot write."""
+    _check_suffix(path, (".npz", ".h5"))
+
+
+def check_output(path: Path, suffixes: Sequence[str]) -> None:
+    """Refuse, before the work is done, an output that could not be written after it; nothing is made.
+
+    Raises: ValueError, one sentence, for another suffix, a folder of that name, or where nothing can be written.
+    """
+    _check_suffix(path, suffixes)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: the output must be a file, for example {path / f'scores{suffixes[0]}'}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path} cannot be written: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: no permission to write in {folder}")
+
+
+def is_input(path: Path, source: Path) -> bool:
+    """Whether writing `path` would destroy `source`, or a recording or store of that folder."""
+    if not path.is_file() or not source.exists():
+        return False
+    own, read = path.resolve(), source.resolve()
+    if own == read:
+        return True
+    return read in own.parents and (is_store(path) or not why_not_a_recording(path))
+
+
+def _check_suffix(path: Path, suffixes: Sequence[str]) -> None:
+    if path.suffix not in suffixes:
+        *others, last = suffixes
+        names = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"the output must end in {names}, not {path.name!r}")
 
 
 def save_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
@@ -152,7 +186,7 @@ def save_table(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
     try:
-        with temporary.open("w", newline="") as file:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*titles, *names])
             writer.writerows([value for part in row for value in part] for row in rows)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 
 from configs.data import Windows, check_windows, open_windows
-from configs.outputs import check_rate, evaluation_loader
+from configs.outputs import check_rate, counted, evaluation_loader, shown_when_long
 from configs.results import baseline_predictions, kind_of, predictions_of, score, weights_digest
 from configs.schema import DataConfig, ExperimentConfig, differences, from_mapping, read_yaml, to_mapping
 from configs.task_sheet import TASKS, EvaluationTask, claim_of, deviations, find_task, format_score, stated_parts
@@ -70,13 +70,16 @@ def score_model(
     config = read_yaml(path / "config.yaml") if (path / "config.yaml").is_file() else None
     windows, part = _labelled_windows(path, config, data, part)
     _check_fits(model, provenance, windows)
+    _check_labels(model, task_config, windows)
     loader = evaluation_loader(model, windows.stores, batch_size)
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     eval_step = make_eval_step(model, make_task(task_config, model), mesh, seed=0)
-    evaluation = evaluate(eval_step, params, windows.batches(part, loader), mesh)
+    batches = windows.batches(part, loader)
+    evaluation = evaluate(eval_step, params, counted(batches, len(batches), f"{path.name}, batches"), mesh)
     predictions, kind, names = _decided(predictions_of(evaluation, windows), task_config, windows)
     recorded = provenance.get("evaluation_task")
-    found = _score(predictions, kind, names, recorded if task is None else task, resamples)
+    with shown_when_long(f"{path.name}, scores with {resamples} resamples"):
+        found = _score(predictions, kind, names, recorded if task is None else task, resamples)
     facts = _facts(model, metadata, config, windows, part)
     return Scored(path, part, windows, predictions, found, facts, config, recorded)
 
@@ -145,6 +148,22 @@ def _check_fits(model: ModelConfig, provenance: Mapping[str, Any], windows: Wind
         raise ValueError(f"the model has {model.num_outputs} outputs, the labels need {windows.num_outputs}")
     check_windows(model, windows)
     check_rate(provenance, windows.stores[0])
+
+
+def _check_labels(model: ModelConfig, task: TaskConfig, windows: Windows) -> None:
+    """Refuse labels of another kind, or of another number, than the model's outputs."""
+    labels = windows.labels
+    assert labels is not None, "asked for in open_windows"
+    path, targets = windows.stores[0].path, labels.dtype.kind == "f"
+    if task.kind == "regress" and not targets:
+        raise ValueError(f"the model predicts values, {path} holds classes: score it on a store with targets (n, K)")
+    outputs = model.num_outputs or model.output_channels
+    if targets and labels.shape[1:] != (outputs,):
+        raise ValueError(f"the model has {outputs} outputs, {path} has {labels.shape[1]} targets for each window")
+    if not targets and labels.shape[1:] != (() if model.output_channels is None else (model.output_channels,)):
+        own = "the window" if model.output_channels is None else f"each of {model.output_channels} channels"
+        found = "the window" if labels.ndim == 1 else f"each of {labels.shape[1]} channels"
+        raise ValueError(f"the model decides on {own}, {path} has labels for {found}")
 
 
 def _facts(
@@ -323,9 +342,12 @@ def _plain(spread: metrics.Spread | None) -> dict[str, Any] | None:
 
 
 def page_of(
-    runs: Sequence[Scored], comparison: Comparison | None, baseline: Mapping[str, float] | None
+    runs: Sequence[Scored],
+    comparison: Comparison | None,
+    baseline: Mapping[str, float] | None,
+    notes: Sequence[str] = (),
 ) -> report.RunReport:
-    """Scores, confusion matrices, reliability and subjects of the runs, as `report.write_report` draws them."""
+    """Notes, scores, confusion matrices, reliability and subjects of the runs, as `report.write_report` draws them."""
     names, first = names_of(runs), runs[0]
     scores: dict[str, Mapping[str, metrics.Estimate]] = {
         name: run.report.levels["window"].metrics for name, run in zip(names, runs, strict=True)
@@ -339,6 +361,10 @@ def page_of(
         tables["Beside published results"] = report.Table(header, rows, note)
     if len(runs) > 1:
         tables["Mean over runs"] = _over_runs_table(runs)
+    elif len(first.report.levels) > 1:
+        tables["Levels"] = _levels_table(first)
+    if said := _notes_table(runs, names, notes):
+        tables["Notes"] = said
     tables["Classes and outputs"] = _class_table(runs[0], names[0])
     metric = _SUBJECT_SCORE[first.kind]
     by_subject = {
@@ -354,7 +380,7 @@ def page_of(
         title=f"Scores of {', '.join(names)}",
         facts=_page_facts(first),
         scores=scores,
-        scores_note=f"On {first.part} windows, with {first.report.confidence:.0%} intervals by resampling subjects.",
+        scores_note=_scores_note(first),
         outcome=_outcome(runs, names),
         tables=tables,
         reliability=reliability,
@@ -362,10 +388,49 @@ def page_of(
     )
 
 
+def _scores_note(run: Scored) -> str:
+    found, windows = run.report, f"On {run.part} windows, each by itself"
+    dropped = found.levels["window"].dropped_resamples
+    intervals = (
+        f"; {found.confidence:.0%} intervals by resampling subjects ({found.n_resamples} times, {dropped} dropped)"
+    )
+    reference = "; “reference”: as the released code computes it (docs/evaluation.md)"
+    return f"{windows}{intervals if found.n_resamples else ''}{reference}."
+
+
+def _levels_table(run: Scored) -> report.Table:
+    """Every score of one run at every level."""
+    levels = run.report.levels
+    rows = [
+        [name.replace("_", " "), *(_interval(level.metrics.get(name)) for level in levels.values())]
+        for name in levels["window"].metrics
+    ]
+    header = ["", *(f"per {name} (n={level.n_units:,})" for name, level in levels.items())]
+    return report.Table(header, rows, "Recordings and subjects are scored by the mean output of their windows.")
+
+
+def _interval(estimate: metrics.Estimate | None) -> str:
+    if estimate is None or estimate.value != estimate.value:
+        return "–"
+    text = f"{estimate.value:.3f}"
+    return text if estimate.low != estimate.low else f"{text} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _notes_table(runs: Sequence[Scored], names: Sequence[str], notes: Sequence[str]) -> report.Table | None:
+    """What was left out of the scores, and in what the runs differ; None when there is nothing to say."""
+    rows = [["", note] for note in notes]
+    for name, run in zip(names, runs, strict=True):
+        own = [f"{level}: {note}" for level, found in run.report.levels.items() for note in found.notes]
+        rows += [[name, note] for note in [*run.report.notes, *own]]
+    return report.Table([], rows) if rows else None
+
+
 def _page_facts(run: Scored) -> dict[str, str]:
     counted = f"{len(run.predictions):,} of {run.report.n_subjects} subjects"
     shown = {name.replace("_", " "): text for name, value in run.facts.items() if (text := _text(value))}
-    return shown | {"windows": counted, "split": run.windows.split.digest}
+    scored = ", ".join(str(store.path) for store, _ in run.windows.pairs(run.part))
+    about = {"model": str(run.path), "data": f"{run.part} part of {scored}"}
+    return about | shown | {"windows": counted, "split": run.windows.split.digest}
 
 
 def _text(value: Any) -> str:

@@ -52,7 +52,7 @@ class PrepareConfig(SignalOptions):
     """Settings of one run; frequencies in hertz, times in seconds."""
 
     input_dir: Annotated[Path, tyro.conf.Positional]
-    """folder of recordings, searched recursively"""
+    """folder of recordings, searched recursively; or one recording"""
     out: Annotated[Path, tyro.conf.Positional]
     """window store to write (HDF5); a manifest (JSON) is written beside it"""
     labels: Path | None = None
@@ -80,8 +80,8 @@ class PrepareConfig(SignalOptions):
 
     def checked(self) -> "PrepareConfig":
         """The same settings. Raises ValueError, one sentence, for the first that cannot be right."""
-        if not self.input_dir.is_dir():
-            raise ValueError(f"{self.input_dir} is not a folder")
+        if not self.input_dir.exists():
+            raise ValueError(f"{self.input_dir} is not a folder or a recording: it does not exist")
         if self.out.is_dir():
             raise ValueError(
                 f"{self.out} is a folder: the output must be a file, for example {self.out / 'windows.h5'}"
@@ -149,11 +149,13 @@ def prepare(config: PrepareConfig) -> dict:
 def _find_files(config: PrepareConfig) -> tuple[dict[str, Path], dict[str, dict]]:
     """Recordings by relative name, sorted, and manifest entries of the files that are none."""
     files, others = {}, {}
+    single = config.input_dir.is_file()
+    root = config.input_dir.parent if single else config.input_dir
     taken = {config.out.resolve(), _manifest_path(config.out).resolve()}
     taken |= {config.labels.resolve()} if config.labels else set()
-    for path in sorted(config.input_dir.rglob("*")):
-        name = name_inside(config.input_dir, path)
-        hidden = any(part.startswith(".") for part in Path(name).parts)
+    for path in [config.input_dir] if single else sorted(root.rglob("*")):
+        name = name_inside(root, path)
+        hidden = not single and any(part.startswith(".") for part in Path(name).parts)
         if hidden or not path.is_file() or path.resolve() in taken:
             continue
         if config.include and not any(fnmatch.fnmatch(name, pattern) for pattern in config.include):
@@ -168,6 +170,8 @@ def _find_files(config: PrepareConfig) -> tuple[dict[str, Path], dict[str, dict]
             others[name] = {"status": "skipped", "reason": reason}
         else:
             files[name] = path
+    if single and others:
+        raise ValueError(f"{config.input_dir} cannot be used: {others[name_inside(root, config.input_dir)]['reason']}")
     if not files:
         found = f"{len(others)} files, none of which is a recording" if others else "no files"
         raise ValueError(f"{config.input_dir} holds {found}: expected EDF, BDF, FIF, BrainVision, EEGLAB or CSV files")

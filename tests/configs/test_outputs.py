@@ -1,6 +1,7 @@
 """Windows of any montages and lengths through a model: the order, the numbers, the shapes that are compiled."""
 
 import dataclasses
+import time
 
 import h5py
 import numpy as np
@@ -9,8 +10,8 @@ from flax import nnx
 from scipy.special import softmax
 
 from configs import outputs, scoring
-from configs.recordings import RecordingSettings, recording_config
-from configs.results import print_predictions, save_table
+from configs.recordings import RecordingSettings, prepare_windows, recording_config, say_of_recordings
+from configs.results import check_output, is_input, print_predictions, save_table
 from data_pipeline.montages import montage_of
 from data_pipeline.store import StoreInfo, WindowStore, create_store
 from lumamba_jax import inference
@@ -210,3 +211,95 @@ def test_settings_that_do_not_fit_are_refused_before_the_work(model, tmp_path, a
     own = dataclasses.replace(model, metadata={"provenance": {"sfreq": SFREQ, "n_times": 80, **provenance}})
     with pytest.raises(ValueError, match=message):
         recording_config(tmp_path, tmp_path / "w.h5", own, RecordingSettings(**asked), pytest.fail)
+
+
+def write_csv(path, seconds):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    signal = np.random.default_rng(0).normal(0, 20, (int(seconds * SFREQ), 2))
+    rows = [f"{k / SFREQ:.2f},{one:.3f},{two:.3f}" for k, (one, two) in enumerate(signal)]
+    path.write_text("\n".join(["time,C3,C4", *rows]) + "\n")
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Two of one name, one too short for a window, a hidden one, and a file that is none."""
+    for name, seconds in {"a/rest.csv": 4, "b/rest.csv": 4, "short.csv": 1.5, ".hidden.csv": 4}.items():
+        write_csv(tmp_path / "in" / name, seconds)
+    (tmp_path / "in" / "notes.txt").write_text("a good day\n")
+    return tmp_path / "in"
+
+
+SHORT_WINDOWS = RecordingSettings(window=2.0, h_freq=40.0, notch="none")
+
+
+def test_recordings_that_are_left_out_are_said(model, recordings, tmp_path):
+    said = []
+    prepare_windows(recordings, tmp_path / "w.h5", model, SHORT_WINDOWS, said.append)
+    (line,) = [line for line in said if "left out" in line]
+    assert line.startswith("short.csv: left out, no window of 2 s fits")
+    columns = outputs.store_columns(model, [WindowStore(tmp_path / "w.h5")], "prediction")
+    assert outputs.by_recording(columns)["recording"].tolist() == ["a/rest.csv", "b/rest.csv"]
+    assert columns["start_seconds"].tolist() == [0.0, 2.0, 0.0, 2.0]
+
+
+def test_one_recording_is_read_whatever_its_name_and_neighbours(model, tmp_path, monkeypatch):
+    recording = tmp_path / "S[05] rest.csv"  # brackets are no pattern
+    write_csv(recording, 4)
+    monkeypatch.setattr(type(tmp_path), "rglob", lambda *_: pytest.fail("one recording needs no search of its folder"))
+    prepare_windows(recording, tmp_path / "w.h5", model, SHORT_WINDOWS, lambda _: None)
+    assert set(WindowStore(tmp_path / "w.h5").recordings) == {recording.name}
+    (tmp_path / "x.fdt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x.fdt cannot be used: .*belong to a .set file"):
+        prepare_windows(tmp_path / "x.fdt", tmp_path / "w2.h5", model, SHORT_WINDOWS, lambda _: None)
+
+
+def test_whole_recordings_keep_their_paths_and_pass_over_what_is_none(model, recordings):
+    said, asked = [], RecordingSettings(h_freq=40.0, notch="none")
+    write_csv(recordings / "patch.csv", 0.1)
+    found = outputs.whole_recording_columns(model, recordings, asked, said.append)
+    assert found["recording"].tolist() == ["a/rest.csv", "b/rest.csv", "short.csv"]
+    assert [line.partition(":")[0] for line in said if "left out" in line] == ["patch.csv"]
+
+
+def test_a_remark_on_many_recordings_is_one_line():
+    said = []
+    say_of_recordings(
+        {**{f"r{k}": ["cut short"] for k in range(5)}, "r5": ["left out, flat", "cut short"]}, said.append
+    )
+    assert said == ["r0, r1, r2 and 3 more: cut short", "r5: left out, flat"]
+
+
+def test_an_output_that_could_not_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, message in {
+        "folder.csv": "is a folder",
+        "file/out.csv": "is a file, not a folder",
+        "out.txt": r"must end in .csv or .npz, not 'out.txt'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            check_output(tmp_path / name, (".csv", ".npz"))
+    check_output(tmp_path / "new" / "out.csv", (".csv",))
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_read_is_never_the_output(recordings, stores):
+    recording = recordings / "a" / "rest.csv"
+    assert is_input(recording, recording)
+    assert is_input(recording, recordings)
+    assert is_input(stores[0].path, stores[0].path.parent)
+    (recordings / "predictions.csv").write_text("window_id,recording,rest\n0,a,0.5\n")
+    assert not is_input(recordings / "predictions.csv", recordings)
+    assert not is_input(recordings / "new.csv", recordings)
+
+
+def test_progress_is_shown_only_when_it_takes_long(monkeypatch, capsys):
+    assert list(outputs.counted("abc", 3, "windows")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(outputs, "_QUICK_SECONDS", 0.0)
+    for _ in outputs.counted("abc", 3, "windows"):
+        time.sleep(0.1)
+    shown = capsys.readouterr()
+    assert "windows" in shown.err
+    assert "3/3" in shown.err
+    assert shown.out == ""

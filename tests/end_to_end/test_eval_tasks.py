@@ -29,7 +29,7 @@ from configs.task_sheet import TASKS
 from data_pipeline.montages import montage_of
 from data_pipeline.store import StoreInfo, create_store
 from lumamba_jax import metrics
-from lumamba_jax.checkpoint import abstract_params, save_pretrained
+from lumamba_jax.checkpoint import abstract_params, load_pretrained, save_pretrained
 
 TASK = TASKS["modma_13"]
 MICRO = (
@@ -165,6 +165,77 @@ def test_the_page_shows_confusion_reliability_and_subjects(work, scored):
     assert "indicative" in sections["beside-published-results"]
     assert "Mean ± sd of 2 runs" in sections["mean-over-runs"]
     assert not re.findall(r'(?:src|href)\s*=\s*"(?!data:|#)', text)
+
+
+def test_the_page_of_one_run_has_every_level_and_what_was_left_out(work, tmp_path):
+    status, *_ = evaluate("metrics", work / "seed1", "--out", tmp_path / "x.json", "--resamples", "20", "--no-baseline")
+    text = (tmp_path / "x.html").read_text()
+    assert status == 0
+    result = json.loads((tmp_path / "x.json").read_text())
+    auroc = result["levels"]["subject"]["metrics"]["auroc"]["value"]
+    (levels,) = re.findall(r'<section id="levels">(.*?)</section>', text, flags=re.DOTALL)
+    assert f"per subject (n={len(result['subjects'])})" in levels
+    assert f"{auroc:.3f}" in levels
+    assert str(work / "modma.h5") in text
+
+    write_store(tmp_path / "mixed.h5", mixed=True)
+    run = write_run(tmp_path / "mixed", tmp_path / "mixed.h5")
+    assert evaluate("metrics", run, "--resamples", "0", "--no-baseline")[0] == 0
+    assert "subjects hold more than one label" in (run / "metrics_test.html").read_text()
+
+
+def test_scores_on_another_store_leave_those_of_the_run(work, tmp_path):
+    model = shutil.copytree(work / "seed1" / "best", tmp_path / "model")
+    words = ("--data", work / "modma.h5", "--resamples", "0", "--no-baseline", "--no-page")
+    assert evaluate("metrics", model, *words)[0] == 0
+    assert (model / "metrics_of_modma.json").is_file()
+    assert not (model / "metrics_test.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--resamples", "-1"), "--resamples must be 0"),
+        (("--out", "scores.html"), "must end in .json"),
+        (("--out", "taken.json"), "taken.json is a folder"),
+        (("--out", "page.json"), "page.html is a folder"),
+    ],
+)
+def test_what_could_not_be_written_is_refused_before_the_work(work, tmp_path, monkeypatch, words, message):
+    for name in ("taken.json", "page.html"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scoring, "score_model", lambda *_, **__: pytest.fail("the work was begun"))
+    status, _, complained = evaluate("metrics", work / "seed1", *words)
+    assert status == 2
+    assert message in complained
+
+
+def test_values_are_not_scored_against_classes(work, tmp_path):
+    config, params, _ = load_pretrained(work / "seed1")
+    save_pretrained(tmp_path / "model", config, params, {"task": {"kind": "regress"}, "sfreq": TASK.sfreq})
+    status, _, complained = evaluate("metrics", tmp_path / "model", "--data", work / "modma.h5")
+    assert (status, "predicts values" in complained, "holds classes" in complained) == (2, True, True)
+
+
+def test_an_interrupt_is_one_sentence(work, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("configs.outputs.run_batches", interrupted)
+    out = tmp_path / "p.csv"
+    status, _, complained = evaluate("predict", work / "seed1", work / "modma.h5", "--out", out)
+    assert (status, complained.count("\n"), "interrupted" in complained) == (130, 1, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_source_is_never_overwritten(work, tmp_path):
+    store = shutil.copy(work / "modma.h5", tmp_path / "w.h5")
+    before = store.read_bytes()
+    for command in ("predict", "embed"):
+        status, _, complained = evaluate(command, work / "seed1", store, "--out", store)
+        assert (status, "it would be lost" in complained) == (2, True)
+    assert store.read_bytes() == before
 
 
 def test_another_task_of_the_same_classes_is_compared_with_a_warning(work):
