@@ -191,12 +191,12 @@ def frozen_rows(
         seen: subjects of the windows that each of `models` was trained on (`pretraining_subjects`); labels of them are
             known to a model whose task has some.
 
-    Raises: ValueError for windows that are not finite, that a model or band power cannot use, or that have the same
-        signal in two parts of a fold.
+    Raises: ValueError for windows that are not finite, or that a model or band power cannot use, and for a recording or
+        a signal in two parts of a fold.
     """
     kept, hashes = labelled_rows(stores), np.concatenate([store.content_hashes() for store in stores])
     hashes = hashes[kept]
-    refuse_copies(data, hashes, folds)
+    refuse_leakage(data, hashes, folds)
     methods: list[Method] = []
     features: dict[str, np.ndarray] = {}
     knows: dict[str, Knows] = {"band power": "nothing"}
@@ -222,7 +222,7 @@ def frozen_rows(
         return rows
     try:
         splits = calibration_splits(data, shots)
-        refuse_copies(data, hashes, splits)
+        refuse_leakage(data, hashes, splits)
     except ValueError as error:
         return [*rows, Row("few-shot calibration", "labelled windows", because=str(error))]
     for name, own in features.items():
@@ -231,11 +231,17 @@ def frozen_rows(
     return rows
 
 
-def refuse_copies(data: Labelled, hashes: np.ndarray, folds: Sequence[Split]) -> None:
-    """Raise ValueError when two parts of a fold hold the same signal, as `leakage.check_content` says it."""
-    if later_copies(hashes).any():
-        subjects, recordings = Names.of(data.subjects), Names.of(data.recordings)
-        for fold in folds:
+def refuse_leakage(data: Labelled, hashes: np.ndarray, folds: Sequence[Split]) -> None:
+    """Raise ValueError when two parts of a fold by subject share a recording, or two of any fold the same signal.
+
+    `hashes`: `(n,)` of the windows. Splits in time were made with a look at the times of their windows.
+    """
+    subjects, recordings = Names.of(data.subjects), Names.of(data.recordings)
+    copies = later_copies(hashes).any()
+    for fold in folds:
+        if fold.unit == "subject":
+            check_leakage(fold, subjects, recordings)
+        if copies:
             check_content(fold.parts, hashes, subjects, recordings)
 
 
@@ -333,6 +339,12 @@ def _line(row: Row) -> str:
 
 def _cell(scores: Mapping[str, Any], level: str, name: str) -> str:
     found = scores.get(level, {}).get(name)
-    if found is None or not np.isfinite(found["value"]):
+    if found is None or not _is_number(found["value"]):
         return ""
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    interval = f" [{found['low']:.3f}, {found['high']:.3f}]" if _is_number(found["low"]) else ""
+    return f"{found['value']:.3f}{interval}"
+
+
+def _is_number(value: float | None) -> bool:
+    """Files have null where there is none (`run_log.write_json`)."""
+    return value is not None and bool(np.isfinite(value))

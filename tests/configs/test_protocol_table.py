@@ -1,6 +1,7 @@
 """The table of protocols: divisions it may use, several stores, what an encoder has seen."""
 
 import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from lumamba_jax.architectures import build
 from lumamba_jax.checkpoint import save_pretrained
 from lumamba_jax.inference import load
 from lumamba_jax.lumamba import LuMambaConfig
+from lumamba_jax.run_log import write_json
 
 SFREQ, SAMPLES = 100, 100
 
@@ -84,17 +86,25 @@ def test_windows_without_a_class_are_no_class(tmp_path):
         data, [store], {}, protocol_table.folds_of(data, 3), shots=None, resamples=0, say=lambda _: None
     )
     assert rows[0].windows == 12
+    assert "nan" not in protocol_table.markdown(rows)  # no intervals were asked for
+    write_json([asdict(row) for row in rows], tmp_path / "rows.json")
+    again = [protocol_table.Row(**row) for row in json.loads((tmp_path / "rows.json").read_text())]
+    assert protocol_table.markdown(again) == protocol_table.markdown(rows)
     with pytest.raises(ValueError, match="nothing to tell apart"):
         protocol_table.labelled([store_of(tmp_path / "2.h5", ["s1", "s2"], names, labels=[1] * 6)])
 
 
-def test_a_recording_under_two_names_is_refused(tmp_path):
+def test_a_recording_of_two_subjects_is_refused_whatever_it_is_called(tmp_path):
     subjects = ["s1", "s2", "s3", "s4"]
+    how = {"shots": None, "resamples": 0, "say": lambda _: None}
     store = store_of(tmp_path / "1.h5", subjects, ["C3", "C4"], same={"s4": "s1"})
     data = protocol_table.labelled([store])
-    folds = protocol_table.folds_of(data, None)
     with pytest.raises(ValueError, match=r"leakage.*same signal"):
-        protocol_table.frozen_rows(data, [store], {}, folds, shots=None, resamples=0, say=lambda _: None)
+        protocol_table.frozen_rows(data, [store], {}, protocol_table.folds_of(data, None), **how)
+    store = store_of(tmp_path / "2.h5", subjects, ["C3", "C4"])
+    data = replace(protocol_table.labelled([store]), recordings=np.repeat(["r1", "r2", "r3", "r1"], 6))
+    with pytest.raises(ValueError, match=r"leakage: recording r1 in both"):
+        protocol_table.frozen_rows(data, [store], {}, protocol_table.folds_of(data, None), **how)
 
 
 def run_of(path, split, **sections):
