@@ -1,10 +1,12 @@
 """What a supervised run hands back: predictions on disk, the baseline on the same windows, a table of scores."""
 
+import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rich.table import Table
 from configs.data import Windows
 from configs.task_sheet import TASKS
 from data_pipeline import band_power
+from data_pipeline.file_results import one_line
 from data_pipeline.formats import is_store
 from data_pipeline.readers import why_not_a_recording
 from lumamba_jax import metrics
@@ -107,16 +110,28 @@ def _check_suffix(path: Path, suffixes: Sequence[str]) -> None:
 def save_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     """Write named arrays as npz or HDF5, as the suffix says; complete or not at all."""
     check_columns_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
-    try:
+    with _whole_or_absent(path) as temporary:
         if path.suffix == ".npz":
             np.savez(temporary, allow_pickle=False, **columns)
         else:
-            with h5py.File(temporary, "w") as file:
+            memory = io.BytesIO()  # HDF5 itself cannot end well on a full disk: its errors come on closing, and later
+            with h5py.File(memory, "w") as file:
                 for name, values in columns.items():
                     file.create_dataset(name, data=values.astype(object) if values.dtype.kind == "U" else values)
+            temporary.write_bytes(memory.getbuffer())
+
+
+@contextlib.contextmanager
+def _whole_or_absent(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` when the block has ended well. Raises OSError that names `path`."""
+    temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
         temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or one_line(str(error))
+        raise OSError(f"{path} was not written: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -183,16 +198,10 @@ def save_table(
     labels = {name: columns[name].reshape(len(predictions), -1) for name in others}
     titles = [name if own.shape[1] == 1 else f"{name}_{k}" for name, own in labels.items() for k in range(own.shape[1])]
     rows = zip(*(own.tolist() for own in labels.values()), values, strict=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*titles, *names])
-            writer.writerows([value for part in row for value in part] for row in rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _whole_or_absent(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*titles, *names])
+        writer.writerows([value for part in row for value in part] for row in rows)
 
 
 def print_predictions(

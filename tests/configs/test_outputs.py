@@ -1,6 +1,7 @@
 """Windows of any montages and lengths through a model: the order, the numbers, the shapes that are compiled."""
 
 import dataclasses
+import resource
 import time
 
 import h5py
@@ -11,7 +12,7 @@ from scipy.special import softmax
 
 from configs import outputs, scoring
 from configs.recordings import RecordingSettings, prepare_windows, recording_config, say_of_recordings
-from configs.results import check_output, is_input, print_predictions, save_table
+from configs.results import check_output, is_input, print_predictions, save_columns, save_table
 from data_pipeline.montages import montage_of
 from data_pipeline.store import StoreInfo, WindowStore, create_store
 from lumamba_jax import inference
@@ -281,6 +282,20 @@ def test_an_output_that_could_not_be_written_is_refused_before_the_work(tmp_path
             check_output(tmp_path / name, (".csv", ".npz"))
     check_output(tmp_path / "new" / "out.csv", (".csv",))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".npz", ".h5"])
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(columns, tmp_path, suffix):
+    path = tmp_path / f"out{suffix}"
+    path.write_text("of an earlier run")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limit[1]))  # Python ignores the signal: writing raises
+    try:
+        with pytest.raises(OSError, match=rf"out{suffix} was not written"):
+            save_table(path, columns, None) if suffix == ".csv" else save_columns(path, columns)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [(path.name, "of an earlier run")]
 
 
 def test_what_is_read_is_never_the_output(recordings, stores):
