@@ -189,8 +189,15 @@ def _recordings_below(folder: Path) -> list[Path]:
 
 
 def by_recording(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Mean prediction of every recording, over its windows that have one: `recording`, `windows`, `predictions`."""
-    names, group = np.unique(columns["recording"], return_inverse=True)
+    """Mean prediction of every recording, over its windows that have one: `recording`, `windows`, `predictions`.
+
+    Where subjects have recordings of one name, these are called SUBJECT/RECORDING.
+    """
+    owned = np.unique(np.stack([columns["recording"], columns["subject"]]).astype(str), axis=1)
+    shared = owned[0][1:][owned[0][1:] == owned[0][:-1]]
+    with_subject = np.char.add(np.char.add(columns["subject"].astype(str), "/"), columns["recording"].astype(str))
+    names = np.where(np.isin(columns["recording"], shared), with_subject, columns["recording"])
+    names, group = np.unique(names, return_inverse=True)
     values = columns["predictions"].astype(np.float64)
     finite = np.isfinite(values).reshape(len(values), -1).all(1)
     counts = np.bincount(group[finite], minlength=len(names))

@@ -109,6 +109,17 @@ def test_recordings_have_the_mean_of_their_windows(columns):
     np.testing.assert_allclose(found["predictions"][1], np.nanmean(own, axis=0), rtol=1e-6)
 
 
+def test_recordings_of_one_name_are_kept_apart_by_their_subjects():
+    columns = {
+        "recording": np.array(["rest", "rest", "task", "rest"]),
+        "subject": np.array(["a", "b", "a", "a"]),
+        "predictions": np.array([[1.0], [0.0], [0.25], [0.5]]),
+    }
+    found = outputs.by_recording(columns)
+    assert found["recording"].tolist() == ["a/rest", "b/rest", "task"]
+    assert found["predictions"].ravel().tolist() == [0.75, 0.0, 0.25]
+
+
 def test_what_does_not_fit_is_refused(model, stores):
     other = dataclasses.replace(model, metadata={"provenance": {"sfreq": 256.0}})
     with pytest.raises(ValueError, match="trained at 256 Hz"):
